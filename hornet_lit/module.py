@@ -1,0 +1,408 @@
+"""The LightningModule: classification with any timm-registered network, trained as HorNet was published.
+
+Shapes: B batch, C channels, H height, W width, K classes. A label of -1 marks padding: it counts in no metric or loss.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
+from timm.data import Mixup
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from hornet_lit.network import load_weights
+from hornet_lit.network.build import build_network
+from hornet_lit.network.sharding import shard
+from hornet_lit.optim import Ema, WarmupCosine, build_optimizer
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+PADDING = -1
+
+
+class NonFiniteError(RuntimeError):
+    """Training met a loss or gradient that is not finite."""
+
+
+class ImageClassifier(pl.LightningModule):
+    """Image classification as published for HorNet: AdamW, per-step warm-up and cosine, mixup/CutMix, EMA.
+
+    Args:
+        network: name registered with timm (`hornet-lit` registers HorNet's).
+        num_classes: K; None takes it from the datamodule's classes.
+        in_chans: channels of the images.
+        img_size: side of the images, handed to networks that ask for one; None leaves the network's default.
+        drop_path_rate: stochastic depth.
+        network_options: further keyword arguments of the network.
+        weights: file to start from, see `hornet_lit.load_weights`.
+        freeze_backbone: train the classifier alone (linear probe).
+        lr: peak learning rate at the recipe's global batch size.
+        min_lr: where the cosine ends.
+        weight_decay: of parameters with more than one dimension.
+        layer_decay: factor on the learning rate per layer below the head (fine-tuning).
+        warmup_epochs: linear warm-up; fractions allowed.
+        label_smoothing: of the targets, mixed or not.
+        mixup, cutmix: α of each; 0 switches it off.
+        mix_prob: share of batches mixed. mix_switch_prob: of these, the share of CutMix.
+        ema_decay: of the averaged weights, validated beside the raw ones; None keeps no average.
+        predict_weights: which weights `predict` uses; "auto" is EMA where there is one.
+        compile: compile the network in place (state-dict names stay clean).
+        channels_last: lay convolution weights and inputs out channels-last.
+        grad_checkpointing: recompute blocks in the backward pass to save memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: str = "hornet_tiny_7x7",
+        num_classes: int | None = None,
+        in_chans: int = 3,
+        img_size: int | None = None,
+        drop_path_rate: float = 0.0,
+        network_options: dict[str, Any] | None = None,
+        weights: str | None = None,
+        freeze_backbone: bool = False,
+        lr: float = 4e-3,
+        min_lr: float = 1e-6,
+        weight_decay: float = 0.05,
+        layer_decay: float | None = None,
+        warmup_epochs: float = 0.0,
+        label_smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mix_prob: float = 1.0,
+        mix_switch_prob: float = 0.5,
+        ema_decay: float | None = None,
+        predict_weights: Literal["auto", "ema", "raw"] = "auto",
+        compile: bool = False,
+        channels_last: bool = True,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.network: nn.Module | None = None
+        self.class_names: list[str] | None = None
+        self.ema: Ema | None = None
+        self._ema_state: dict[str, torch.Tensor] | None = None
+        self._ema_decay: float | None = None
+        self._mixup: Mixup | None = None
+        self._loss = self._grad_norm = torch.tensor(0.0)
+        self._batch_idx = 0
+
+    # ---------------------------------------------------------------- set-up
+
+    def setup(self, stage: str) -> None:
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        if names is not None:
+            self._check_classes(list(names))
+            self.class_names = list(names)
+        if self.hparams["num_classes"] is None:
+            if names is None:
+                raise ValueError("the number of classes is unknown: give --model.num_classes")
+            self.hparams["num_classes"] = len(names)
+        if names is not None and len(names) != self.hparams["num_classes"]:
+            raise ValueError(
+                f"the data has {len(names)} classes but model.num_classes is {self.hparams['num_classes']}: "
+                f"set --model.num_classes {len(names)} (and start from weights with any head)"
+            )
+
+    def configure_model(self) -> None:
+        if self.network is not None:
+            return
+        hparams = self.hparams
+        if hparams["num_classes"] is None:
+            raise ValueError("the number of classes is unknown: give num_classes")
+        self.network = build_network(
+            hparams["network"],
+            num_classes=hparams["num_classes"],
+            in_chans=hparams["in_chans"],
+            img_size=hparams["img_size"],
+            drop_path_rate=hparams["drop_path_rate"],
+            options=hparams["network_options"],
+        )
+        self._load_initial_weights()
+        if hparams["freeze_backbone"]:
+            self.network.requires_grad_(False)
+            self.network.get_classifier().requires_grad_(True)
+        if hparams["grad_checkpointing"]:
+            self.network.set_grad_checkpointing(True)
+        if self._device_mesh is not None:
+            shard(self.network, self._device_mesh["data_parallel"])
+        elif hparams["channels_last"]:
+            # FSDP2 refuses parameters that are not contiguous. Only convolutions gain from it.
+            for module in self.network.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.to(memory_format=torch.channels_last)
+        if hparams["compile"]:
+            self.network.compile()
+        self.metrics = nn.ModuleDict({s: self._new_metrics() for s in ("val", "val_ema", "test", "test_ema")})
+
+    def _load_initial_weights(self) -> None:
+        path = self.hparams["weights"]
+        if not path or (self._trainer is not None and self.trainer.ckpt_path):
+            return
+        report = load_weights(self.network, path, verbose=False)
+        rank_zero_info(str(report))
+        if report.initialised and self._trainer is not None and not self.trainer.training:
+            raise ValueError(
+                f"{path} has no classifier for {self.hparams['num_classes']} classes: "
+                f"set --model.num_classes to its own number, or fine-tune it first"
+            )
+
+    def _check_classes(self, names: list[str]) -> None:
+        if self.class_names is not None and names != self.class_names:
+            differing = sorted(set(names) ^ set(self.class_names))
+            detail = f"not in both: {', '.join(differing[:5])}" if differing else "their order differs"
+            raise ValueError(
+                f"the data's {len(names)} classes are not the {len(self.class_names)} that the checkpoint was trained "
+                f"on ({detail}): point --data at the same class list"
+            )
+
+    def _new_metrics(self) -> nn.ModuleDict:
+        classes = self.hparams["num_classes"]
+        accuracy = {
+            f"acc{k}": MulticlassAccuracy(classes, top_k=k, average="micro", ignore_index=PADDING)
+            for k in (1, 5)
+            if k < max(classes, 2)
+        }
+        # float64: a running mean in float32 over ImageNet's validation set is off in the sixth digit.
+        return nn.ModuleDict({"loss": MeanMetric().set_dtype(torch.float64), **accuracy})
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        hparams = self.hparams
+        optimizer = build_optimizer(
+            self.network,
+            lr=hparams["lr"],
+            weight_decay=hparams["weight_decay"],
+            layer_decay=hparams["layer_decay"],
+        )
+        total, per_epoch = self._steps()
+        scheduler = WarmupCosine(
+            optimizer,
+            total_steps=total,
+            warmup_steps=round(hparams["warmup_epochs"] * per_epoch),
+            min_lr=hparams["min_lr"],
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _steps(self) -> tuple[int, float]:
+        """(optimizer steps of the whole training, of one epoch).
+
+        Not `estimated_stepping_batches` where it can be helped: it builds the loaders anew, which loses the position
+        that a resumed loader starts from.
+        """
+        trainer = self.trainer
+        per_epoch = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
+        if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
+            raise ValueError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
+        if per_epoch is None:
+            total = int(trainer.estimated_stepping_batches)
+            return total, total / max(trainer.max_epochs or 1, 1)
+        by_epochs = per_epoch * trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None
+        by_steps = trainer.max_steps if trainer.max_steps > 0 else None
+        return min(n for n in (by_epochs, by_steps) if n is not None), per_epoch
+
+    def lr_scheduler_step(self, scheduler: WarmupCosine, metric: Any) -> None:
+        scheduler.step_update(self.global_step)
+
+    # ---------------------------------------------------------------- training
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to logits (B, K)."""
+        if self.hparams["channels_last"]:
+            x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        return self.network(x_BCHW)
+
+    def on_fit_start(self) -> None:
+        hparams = self.hparams
+        if hparams["mixup"] or hparams["cutmix"]:
+            self._mixup = Mixup(
+                mixup_alpha=hparams["mixup"],
+                cutmix_alpha=hparams["cutmix"],
+                prob=hparams["mix_prob"],
+                switch_prob=hparams["mix_switch_prob"],
+                mode="batch",
+                label_smoothing=hparams["label_smoothing"],
+                num_classes=hparams["num_classes"],
+            )
+
+    def on_train_start(self) -> None:
+        self._ensure_ema()
+        if self.ema is None and self.hparams["ema_decay"] is not None:
+            self.ema = Ema(self.network, decay=self.hparams["ema_decay"])
+
+    def on_train_epoch_start(self) -> None:
+        if self.hparams["freeze_backbone"]:
+            self.network.eval()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Mixup and stochastic depth draw from the global generators. Seeding them from the position in the training
+        # lets a resumed run draw what the uninterrupted one drew, with no generator state in the checkpoint.
+        run_seed = os.environ.get("PL_GLOBAL_SEED")
+        if run_seed is not None:
+            position = (self.current_epoch, batch_idx, self.global_rank)
+            seed = int(np.random.SeedSequence((int(run_seed), *position)).generate_state(1)[0])
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        x_BCHW, y_B = batch
+        self._batch_idx = batch_idx
+        if self._mixup is None:
+            loss = F.cross_entropy(self(x_BCHW).float(), y_B, label_smoothing=self.hparams["label_smoothing"])
+        else:
+            if len(x_BCHW) % 2:
+                raise ValueError(
+                    f"mixup pairs images and got a batch of {len(x_BCHW)} per device: make "
+                    "data.batch_size / devices (or data.batch_size_per_device) even, or set model.mixup and cutmix to 0"
+                )
+            x_BCHW, y_BK = self._mixup(x_BCHW, y_B)
+            loss = F.cross_entropy(self(x_BCHW).float(), y_BK)
+        self._loss = loss.detach()
+        self.log("train/loss", self._loss, prog_bar=True, batch_size=len(x_BCHW))
+        self.log("train/lr", self._lr(), batch_size=len(x_BCHW))
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        by_norm = gradient_clip_val and gradient_clip_algorithm in (None, "norm")
+        if by_norm:
+            norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+            if gradient_clip_val:
+                nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not torch.stack((self._loss, self._grad_norm)).isfinite().all():
+            raise NonFiniteError(
+                f"training stopped at batch {self._batch_idx} of epoch {self.current_epoch} (step {self.global_step}): "
+                f"loss {self._loss.item():g}, gradient norm {self._grad_norm.item():g}, learning rate {self._lr():g}. "
+                "The weights are those before this step. Lower model.lr or trainer.gradient_clip_val, lengthen "
+                "model.warmup_epochs, or train in fp32"
+            )
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update(self.network)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.log("train/grad_norm", self._grad_norm, batch_size=len(batch[0]))
+
+    def _lr(self) -> float:
+        """Learning rate of the next step, before layer decay (the head's factor is 1)."""
+        return max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
+
+    # ---------------------------------------------------------------- evaluation and prediction
+
+    def on_validation_start(self) -> None:
+        self._ensure_ema()
+
+    def on_test_start(self) -> None:
+        self._ensure_ema()
+
+    def on_predict_start(self) -> None:
+        self._ensure_ema()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
+        return self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
+        return self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: Batch) -> dict[str, torch.Tensor]:
+        """Score raw and, where there are any, averaged weights; gives the latter's logits (B, K) if there are."""
+        x_BCHW, y_B = batch
+        logits_BK = self(x_BCHW).float()
+        self._score(stage, "", logits_BK, y_B)
+        if self.ema is not None:
+            with self.ema.swapped(self.network):
+                logits_BK = self(x_BCHW).float()
+            self._score(stage, "_ema", logits_BK, y_B)
+        return {"logits": logits_BK}
+
+    def _score(self, stage: str, suffix: str, logits_BK: torch.Tensor, y_B: torch.Tensor) -> None:
+        metrics = self.metrics[stage + suffix]
+        loss_B = F.cross_entropy(logits_BK, y_B, ignore_index=PADDING, reduction="none")
+        for name, metric in metrics.items():
+            if name == "loss":
+                metric.update(loss_B[y_B != PADDING])
+            else:
+                metric.update(logits_BK, y_B)
+            self.log(
+                f"{stage}/{name}{suffix}",
+                metric,
+                on_step=False,
+                on_epoch=True,
+                batch_size=len(y_B),
+                prog_bar=name == "acc1",
+            )
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
+        """(x_BCHW, index_B) → {"index": index_B, "probability": softmax (B, K) in float32}."""
+        x_BCHW, index_B = batch
+        choice = self.hparams["predict_weights"]
+        if choice == "ema" and self.ema is None:
+            raise ValueError("the checkpoint has no averaged weights: set --model.predict_weights raw")
+        averaged = self.ema is not None and choice != "raw"
+        with self.ema.swapped(self.network) if averaged else nullcontext():
+            logits_BK = self(x_BCHW)
+        return {"index": index_B, "probability": logits_BK.float().softmax(dim=1)}
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _ensure_ema(self) -> None:
+        """Take the averages of a loaded checkpoint in, once the parameters are where they will stay.
+
+        Sharded strategies restore late, so this is done at the start of each loop and not on loading.
+        """
+        if self._ema_state is None:
+            return
+        if self.ema is None:
+            self.ema = Ema(self.network, decay=self._ema_decay)
+        self.ema.load_state_dict(self.network, self._ema_state)
+        self._ema_state = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["class_names"] = self.class_names
+        # The file the training once started from: its tensors are in this checkpoint, and it need not exist any more.
+        checkpoint.get("hyper_parameters", {}).pop("weights", None)
+        if self.ema is not None:
+            checkpoint["ema"] = {"decay": self.ema.decay, "state_dict": self.ema.state_dict(self.network)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        names = checkpoint.get("class_names")
+        if names is not None:
+            self._check_classes(names)
+            self.class_names = names
+        saved = checkpoint.get("ema")
+        wanted = self.hparams["ema_decay"]
+        if self._trainer is not None and self.trainer.training:
+            if saved is None and wanted is not None:
+                raise ValueError(
+                    "cannot resume: model.ema_decay is set but the checkpoint has no averaged weights: "
+                    "set --model.ema_decay null, or start anew with --model.weights"
+                )
+            if saved is not None and wanted is None:
+                raise ValueError(
+                    "cannot resume: the checkpoint has averaged weights, which would be lost: "
+                    f"set --model.ema_decay {saved['decay']}, or start anew with --model.weights"
+                )
+        self._ema_state = None if saved is None else saved["state_dict"]
+        self._ema_decay = None if saved is None else saved["decay"]
+        if saved is None:
+            self.ema = None

@@ -1,0 +1,48 @@
+"""Building a timm-registered network with errors a user can act on."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+import timm
+from torch import nn
+
+
+def build_network(
+    name: str,
+    *,
+    num_classes: int,
+    in_chans: int = 3,
+    img_size: int | None = None,
+    drop_path_rate: float = 0.0,
+    options: dict[str, Any] | None = None,
+) -> nn.Module:
+    """`timm.create_model` for any registered network.
+
+    Args:
+        name: as registered with timm.
+        num_classes, in_chans, drop_path_rate: as timm's.
+        img_size: handed on unless None.
+        options: further keyword arguments of the network.
+
+    Raises:
+        ValueError: for an unknown network, or an option that it does not take; names the nearest valid name.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f": did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"
+        raise ValueError(f"no network named {name!r}{hint}")
+    kwargs: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "drop_path_rate": drop_path_rate}
+    if img_size is not None:
+        kwargs["img_size"] = img_size
+    try:
+        return timm.create_model(name, **kwargs, **(options or {}))
+    except TypeError as error:
+        unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unexpected is None:
+            raise
+        raise ValueError(
+            f"{name} takes no option {unexpected.group(1)!r}: remove it from the model's settings"
+        ) from error

@@ -1,0 +1,104 @@
+"""Filters: the depth-wise spatial slot inside gnConv.
+
+A filter factory is called as ``filter(channels, size=(H, W))`` and gives a module that maps (B, C, H, W) to the same
+shape, channel by channel. The 1/α of the paper's equation (3.3) lives in the filter, because each filter can fold it
+into a tensor as small as its parameters, where the published code pays a pass over the whole activation.
+
+Shapes: B batch, C channels, H height, W width, F = W // 2 + 1 columns of a real spectrum.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d, trunc_normal_
+from torch import nn
+
+Size = tuple[int, int]
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depth-wise K×K convolution with bias, times ``scale`` (HorNet §3.2; K = 7 in the paper).
+
+    Args:
+        channels: C.
+        size: (H, W) of the feature map; not needed by a convolution, taken so that every filter is built alike.
+        kernel_size: K, odd, so that H×W is kept.
+        scale: factor on the output.
+        bias: whether to add a bias (scaled as well).
+
+    Raises:
+        ValueError: if ``kernel_size`` is even.
+    """
+
+    def __init__(
+        self, channels: int, *, size: Size | None = None, kernel_size: int = 7, scale: float = 1.0, bias: bool = True
+    ) -> None:
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd to keep H×W, got {kernel_size}: use {kernel_size + 1}")
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
+        self.scale = scale
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias * self.scale
+        return F.conv2d(x_BCHW, self.weight * self.scale, bias, padding=self.padding, groups=self.groups)
+
+
+class GlobalLocalFilter(nn.Module):
+    """Global-local filter (HorNet §3.3, after GFNet): half of the channels 3×3, half multiplied in the spectrum.
+
+    LayerNorm → first half: 3×3 depth-wise convolution; second half: rfft2 · learned complex weight · irfft2, always in
+    float32 because the FFT has no bfloat16 → halves interleaved channel by channel → LayerNorm, times ``scale``.
+
+    Args:
+        channels: C, even.
+        size: (H, W) at which the spectrum's weight, stored (C/2, H, F, 2), needs no resizing. Other input sizes
+            work: the weight is then resized bilinearly (align_corners) at run time, as in the published code.
+        scale: factor on the output.
+
+    Raises:
+        ValueError: if ``channels`` is odd.
+    """
+
+    def __init__(self, channels: int, *, size: Size, scale: float = 1.0) -> None:
+        super().__init__()
+        if channels % 2:
+            raise ValueError(f"GlobalLocalFilter halves its channels and got {channels}: use an even number")
+        half, (height, width) = channels // 2, size
+        self.scale = scale
+        self.dw = nn.Conv2d(half, half, 3, padding=1, groups=half, bias=False)
+        self.complex_weight = nn.Parameter(torch.empty(half, height, width // 2 + 1, 2))
+        self.pre_norm = LayerNorm2d(channels, eps=1e-6)
+        self.post_norm = LayerNorm2d(channels, eps=1e-6)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        trunc_normal_(self.complex_weight, std=0.02)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        local_BCHW, global_BCHW = self.pre_norm(x_BCHW).chunk(2, dim=1)
+        local_BCHW = self.dw(local_BCHW)
+        global_BCHW = self._filter_spectrum(global_BCHW).to(local_BCHW.dtype)
+        x_BCHW = torch.stack((local_BCHW, global_BCHW), dim=2).flatten(1, 2)
+        # LayerNorm written out to scale its two vectors and not its output.
+        norm = self.post_norm
+        x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+        weight, bias = norm.weight * self.scale, norm.bias * self.scale
+        return F.layer_norm(x_BHWC, weight.shape, weight, bias, norm.eps).permute(0, 3, 1, 2)
+
+    def _filter_spectrum(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        size = x_BCHW.shape[-2:]
+        x_BCHF = torch.fft.rfft2(x_BCHW.float(), norm="ortho")
+        weight_CHF = torch.view_as_complex(
+            resize_spectrum(self.complex_weight.float(), (x_BCHF.shape[-2], x_BCHF.shape[-1])).contiguous()
+        )
+        return torch.fft.irfft2(x_BCHF * weight_CHF, s=size, norm="ortho")
+
+
+def resize_spectrum(weight_CHF2: torch.Tensor, size: Size) -> torch.Tensor:
+    """Resize a stored complex weight (C, H, F, 2) bilinearly (align_corners) to ``size`` = (H', F'), real and imaginary
+    part alike, as the published code does; the tensor itself where the size fits."""
+    if tuple(weight_CHF2.shape[1:3]) == tuple(size):
+        return weight_CHF2
+    weight_2CHF = weight_CHF2.permute(3, 0, 1, 2)
+    return F.interpolate(weight_2CHF, size=size, mode="bilinear", align_corners=True).permute(1, 2, 3, 0)

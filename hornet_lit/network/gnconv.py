@@ -1,0 +1,57 @@
+"""Recursive gated convolution (gnConv), HorNet's mixer.
+
+Shapes: B batch, C channels, H height, W width. Q = C_0 + … + C_{n-1} = 2C - C_0, the channels of the filter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from hornet_lit.network.filters import Size
+
+FilterFactory = Callable[..., nn.Module]
+
+
+class GnConv(nn.Module):
+    """gnConv of order n (HorNet §3.1, equations 3.1 to 3.4): n gated interactions of growing width.
+
+    ``[p_0, q_0 … q_{n-1}] = φ_in(x)``, ``p_{k+1} = f_k(q_k) ⊙ g_k(p_k)``, ``y = φ_out(p_n)``, with widths
+    C_k = C / 2^(n-1-k), g_0 the identity and all f_k applied at once as ONE filter over the Q channels (1/α is the
+    filter's own, see `filters`). Order 1 is gConv.
+
+    Args:
+        dim: C, divisible by 2^(order-1).
+        order: n ≥ 1.
+        filter: factory of the depth-wise slot, called as ``filter(Q, size=size)``.
+        size: (H, W) expected, for filters that store a spectrum.
+
+    Raises:
+        ValueError: if ``order`` < 1 or ``dim`` cannot be halved order - 1 times.
+    """
+
+    def __init__(self, dim: int, *, order: int, filter: FilterFactory, size: Size) -> None:
+        super().__init__()
+        if order < 1:
+            raise ValueError(f"gnConv's order must be at least 1, got {order}")
+        if dim % 2 ** (order - 1):
+            step = 2 ** (order - 1)
+            raise ValueError(
+                f"gnConv of order {order} halves its {dim} channels {order - 1} times: use a multiple of {step}"
+            )
+        self.widths = [dim // 2 ** (order - 1 - k) for k in range(order)]
+        self.proj_in = nn.Conv2d(dim, 2 * dim, 1)
+        # Attribute names are those of the published checkpoints.
+        self.dwconv = filter(sum(self.widths), size=size)
+        self.proj_out = nn.Conv2d(dim, dim, 1)
+        self.pws = nn.ModuleList(nn.Conv2d(c, 2 * c, 1) for c in self.widths[:-1])
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        p_BCHW, q_BQHW = self.proj_in(x_BCHW).split((self.widths[0], sum(self.widths)), dim=1)
+        gate, *gates = self.dwconv(q_BQHW).split(self.widths, dim=1)
+        p_BCHW = p_BCHW * gate
+        for g, gate in zip(self.pws, gates, strict=True):
+            p_BCHW = g(p_BCHW) * gate
+        return self.proj_out(p_BCHW)

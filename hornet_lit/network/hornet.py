@@ -1,0 +1,285 @@
+"""The HorNet backbone, with the interface timm's users rely on.
+
+Shapes: B batch, C channels, H height, W width, K classes. From the stem's norm on every activation lies in memory
+channels-last, whatever the input's layout: the norms read it as (B, H, W, C) without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d, to_2tuple, trunc_normal_
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import nn
+
+from hornet_lit.network.filters import Size
+
+MixerFactory = Callable[..., nn.Module]
+POOLS = ("avg", "max", "avgmax", "")
+
+
+class Block(nn.Module):
+    """x += γ₁·mixer(LN(x)); x += γ₂·MLP(LN(x)) (HorNet §3.2, the meta-architecture of Figure 2).
+
+    Args:
+        dim: C.
+        mixer: factory of the token-mixing slot, called as ``mixer(C, size=size)``; keeps (B, C, H, W).
+        size: (H, W) expected, handed to the mixer.
+        mlp_ratio: hidden over outer width of the MLP.
+        ls_init_value: initial value of both γ; None or 0 leaves them out.
+        drop_path: probability of dropping each of the two branches in training.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mixer: MixerFactory,
+        size: Size,
+        mlp_ratio: float = 4.0,
+        ls_init_value: float | None = 1e-6,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.norm1 = LayerNorm2d(dim, eps=1e-6)
+        # Attribute names are those of the published checkpoints: "gnconv" is the mixer, whatever it is.
+        self.gnconv = mixer(dim, size=size)
+        self.norm2 = LayerNorm2d(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.pwconv2 = nn.Linear(hidden, dim)
+        self.gamma1 = nn.Parameter(torch.full((dim,), float(ls_init_value))) if ls_init_value else None
+        self.gamma2 = nn.Parameter(torch.full((dim,), float(ls_init_value))) if ls_init_value else None
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        y_BCHW = self.gnconv(self.norm1(x_BCHW))
+        if self.gamma1 is not None:
+            y_BCHW = self.gamma1.view(-1, 1, 1) * y_BCHW
+        x_BCHW = x_BCHW + self.drop_path(y_BCHW)
+        y_BHWC = self.pwconv2(self.act(self.pwconv1(self.norm2(x_BCHW).permute(0, 2, 3, 1))))
+        if self.gamma2 is not None:
+            y_BHWC = self.gamma2 * y_BHWC
+        return x_BCHW + self.drop_path(y_BHWC.permute(0, 3, 1, 2))
+
+
+class HorNet(nn.Module):
+    """HorNet (arXiv 2207.14284): a stem and four stages of blocks at strides s, 2s, 4s, 8s; then pool, LN, linear.
+
+    Args:
+        in_chans: channels of the input.
+        num_classes: K; 0 leaves the classifier out.
+        global_pool: one of "avg", "max", "avgmax", or "" (no pooling: `forward` gives (B, K, H, W)).
+        output_stride: only the network's own stride (8 × ``stem_stride``) exists; there for timm's callers.
+        img_size: side, or (H, W), of the images to expect. Only filters that store a spectrum depend on it, and they
+            are resized at run time for other sizes.
+        stem_stride: 4 (published: a 4×4 patch stem), or 2 or 1 for small images (a 3×3 convolution).
+        depths: blocks per stage.
+        base_dim: C of the first stage; doubled at each next one.
+        mixers: one factory per stage, see `Block`.
+        mlp_ratio, ls_init_value: see `Block`.
+        head_init_scale: factor on the classifier's initial weights and bias.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth, rising linearly from 0 over all blocks to this rate at the last.
+
+    Raises:
+        ValueError: for settings that no HorNet can have, naming those it can.
+    """
+
+    def __init__(
+        self,
+        *,
+        mixers: Sequence[MixerFactory],
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int | None = None,
+        img_size: int | Size = 224,
+        stem_stride: int = 4,
+        depths: Sequence[int] = (2, 3, 18, 2),
+        base_dim: int = 64,
+        mlp_ratio: float = 4.0,
+        ls_init_value: float | None = 1e-6,
+        head_init_scale: float = 1.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if stem_stride not in (1, 2, 4):
+            raise ValueError(f"stem_stride must be 1, 2 or 4, got {stem_stride}")
+        if len(mixers) != 4 or len(depths) != 4:
+            raise ValueError(f"HorNet has 4 stages: got {len(mixers)} mixers and {len(depths)} depths")
+        self.stride = 8 * stem_stride
+        if output_stride not in (None, self.stride):
+            raise ValueError(
+                f"HorNet has no dilated form: output_stride must be {self.stride}, got {output_stride}. "
+                "For finer maps use features_only=True with lower out_indices"
+            )
+        height, width = to_2tuple(img_size)
+        self._check_size(height, width)
+        self.num_classes, self.in_chans, self.grad_checkpointing = num_classes, in_chans, False
+        dims = [base_dim * 2**i for i in range(4)]
+        self.num_features = self.head_hidden_size = dims[-1]
+        kernel = 4 if stem_stride == 4 else 3
+        stem = nn.Conv2d(in_chans, dims[0], kernel, stride=stem_stride, padding=0 if stem_stride == 4 else 1)
+        self.downsample_layers = nn.ModuleList([nn.Sequential(stem, LayerNorm2d(dims[0], eps=1e-6))])
+        for c in dims[:-1]:
+            self.downsample_layers.append(
+                nn.Sequential(LayerNorm2d(c, eps=1e-6), nn.Conv2d(c, 2 * c, kernel_size=2, stride=2))
+            )
+        rates = iter(drop_path_rate * b / max(sum(depths) - 1, 1) for b in range(sum(depths)))
+        self.stages, self.feature_info = nn.ModuleList(), []
+        for i, (dim, mixer) in enumerate(zip(dims, mixers, strict=True)):
+            reduction = stem_stride * 2**i
+            options = {"mixer": mixer, "size": (height // reduction, width // reduction)}
+            options |= {"mlp_ratio": mlp_ratio, "ls_init_value": ls_init_value}
+            self.stages.append(nn.Sequential(*(Block(dim, drop_path=next(rates), **options) for _ in range(depths[i]))))
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+        self.init_weights(head_init_scale)
+
+    def init_weights(self, head_init_scale: float = 1.0) -> None:
+        """Truncated normal (std 0.02) for convolutions and linear layers, zero biases, scaled head (published init)."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if isinstance(self.head, nn.Linear):
+            with torch.no_grad():
+                self.head.weight.mul_(head_init_scale)
+                self.head.bias.mul_(head_init_scale)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """timm's parameter groups. Fine groups are the published layers of layer decay, 14 for the official depths:
+        two stage-3 blocks share a layer, and so does each downsampling with the stage behind it, except the last two.
+        """
+        if coarse:
+            return {"stem": r"^downsample_layers\.0", "blocks": r"^(?:downsample_layers|stages)\.(\d+)"}
+        groups = {
+            "stem": r"^downsample_layers\.0\.",
+            "stage1": r"^stages\.0\.",
+            "stage2": r"^(?:downsample_layers\.1|stages\.1)\.",
+        }
+        blocks: dict[int, list[str]] = {}
+        for b in range(len(self.stages[2])):
+            blocks.setdefault(min(b // 2, 8), []).append(str(b))
+        for i, members in blocks.items():
+            pattern = rf"stages\.2\.(?:{'|'.join(members)})\."
+            groups[f"stage3_{i}"] = rf"^(?:downsample_layers\.2\.|{pattern})" if i == 0 else rf"^{pattern}"
+        groups["stage4"] = r"^(?:downsample_layers\.3|stages\.3)\."
+        groups["head"] = r"^(?:norm|head)\."
+        return groups
+
+    def no_weight_decay(self) -> set[str]:
+        """Names exempt from weight decay beyond the 1-d ones that timm's optimizers always exempt: none."""
+        return set()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new classifier of ``num_classes`` (0: none) in place, and another pooling if given."""
+        if global_pool is not None:
+            if global_pool not in POOLS:
+                raise ValueError(f"global_pool must be one of {', '.join(map(repr, POOLS))}, got {global_pool!r}")
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes > 0:
+            like = self.norm.weight
+            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def forward_intermediates(
+        self,
+        x_BCHW: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Outputs of the chosen stages (B, C_i, H_i, W_i), with the final features unless ``intermediates_only``.
+
+        Args: as in timm: ``indices`` the last n stages if an int, those stages if a list, all if None; ``norm``
+            applies the network's last LayerNorm to the last stage's output; ``stop_early`` runs no further than needed.
+
+        Raises:
+            ValueError: for another ``output_fmt`` than "NCHW".
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.stages), indices)
+        intermediates = []
+        x_BCHW = self._checked(x_BCHW)
+        for i in range(last + 1 if stop_early else len(self.stages)):
+            x_BCHW = self._stage(i, x_BCHW)
+            if i in take:
+                is_last = i == len(self.stages) - 1
+                intermediates.append(self._norm_last(x_BCHW) if norm and is_last else x_BCHW)
+        return intermediates if intermediates_only else (x_BCHW, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages behind the last of ``indices`` (and norm and head if asked); gives the indices as a list."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        self.downsample_layers = self.downsample_layers[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.head, self.num_classes = nn.Identity(), 0
+        return take
+
+    def forward_features(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, H, W) → (B, 8·base_dim, H / stride, W / stride), neither pooled nor normalised."""
+        x_BCHW = self._checked(x_BCHW)
+        for i in range(len(self.stages)):
+            x_BCHW = self._stage(i, x_BCHW)
+        return x_BCHW
+
+    def forward_head(self, x_BCHW: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool → LN → dropout → classifier: (B, C, H, W) → (B, K); (B, C) with ``pre_logits``."""
+        x = self.global_pool(x_BCHW)
+        if x.ndim == 4:
+            x_BHWC = self.head_drop(self.norm(x.permute(0, 2, 3, 1)))
+            return (x_BHWC if pre_logits else self.head(x_BHWC)).permute(0, 3, 1, 2)
+        x_BC = self.head_drop(self.norm(x))
+        return x_BC if pre_logits else self.head(x_BC)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x_BCHW))
+
+    def _stage(self, i: int, x_BCHW: torch.Tensor) -> torch.Tensor:
+        x_BCHW = self.downsample_layers[i](x_BCHW)
+        if self.grad_checkpointing and self.training:
+            return checkpoint_seq(self.stages[i], x_BCHW)
+        return self.stages[i](x_BCHW)
+
+    def _norm_last(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.norm(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def _checked(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.in_chans:
+            raise ValueError(f"expected images (B, {self.in_chans}, H, W), got {tuple(x_BCHW.shape)}")
+        self._check_size(x_BCHW.shape[2], x_BCHW.shape[3])
+        return x_BCHW
+
+    def _check_size(self, height: int, width: int) -> None:
+        if height < self.stride or width < self.stride:
+            raise ValueError(
+                f"images of {height}×{width} vanish in a network of stride {self.stride}: use at least "
+                f"{self.stride}×{self.stride}, or a variant with a smaller stem (hornet_*_32)"
+            )

@@ -1,0 +1,155 @@
+"""Optimizer, learning-rate schedule and weight averaging as published (HorNet appendix A; the authors' TRAINING.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def build_optimizer(
+    network: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> torch.optim.Optimizer:
+    """AdamW without weight decay on biases and 1-d parameters, optionally with layer decay.
+
+    With ``layer_decay`` d, timm gives every group a factor d^(last - id) by the network's `group_matcher`, but only
+    stores it as "lr_scale": `WarmupCosine` applies it at every step.
+
+    Raises:
+        ValueError: if no parameter requires a gradient, or ``layer_decay`` lies outside (0, 1].
+    """
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}; null switches it off")
+    if not any(p.requires_grad for p in network.parameters()):
+        raise ValueError("no parameter requires a gradient: nothing to train")
+    return create_optimizer_v2(
+        network,
+        opt="adamw",
+        lr=lr,
+        weight_decay=weight_decay,
+        layer_decay=layer_decay,
+        betas=betas,
+        eps=eps,
+    )
+
+
+class WarmupCosine(CosineLRScheduler):
+    """Linear from 0, reaching the peak ON the last warm-up step, then cosine to ``min_lr``, all per optimizer step.
+
+    timm's own warm-up reaches the peak one step later than the published schedule does; the rest is timm's, which also
+    applies each group's lr_scale.
+
+    Args:
+        optimizer: groups may hold "lr_scale".
+        total_steps: optimizer steps of the whole training, warm-up included.
+        warmup_steps: of these, the warm-up.
+        min_lr: where the cosine ends.
+
+    Raises:
+        ValueError: if the warm-up is longer than the training.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *, total_steps: int, warmup_steps: int = 0, min_lr: float = 1e-6
+    ) -> None:
+        if warmup_steps > total_steps:
+            raise ValueError(
+                f"the warm-up takes {warmup_steps} steps but the training only {total_steps}: "
+                "lower model.warmup_epochs or train longer"
+            )
+        super().__init__(
+            optimizer,
+            t_initial=max(total_steps - warmup_steps, 1),
+            lr_min=min_lr,
+            warmup_t=warmup_steps,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        self.warmup_steps = [value / max(warmup_steps - 1, 1) for value in self.base_values]
+        self.step_update(0)
+
+
+class Ema:
+    """Exponential moving average of a network's parameters: ema = decay · ema + (1 - decay) · parameter.
+
+    Starts as a copy of the network. Kept in float32 whatever the parameters' type, since (1 - decay) · w vanishes in
+    bfloat16, and sharded like the parameters. Buffers are copied. Not a module: it stays out of `state_dict` and DDP.
+    """
+
+    def __init__(self, network: nn.Module, *, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {decay}; null switches averaging off")
+        self.decay = decay
+        self._averages = {name: _local(p).detach().clone().float() for name, p in network.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Take the parameters in; call once after each optimizer step."""
+        parameters = [_local(p).detach().float() for _, p in network.named_parameters()]
+        torch._foreach_lerp_(list(self._averages.values()), parameters, 1.0 - self.decay)
+
+    @contextmanager
+    def swapped(self, network: nn.Module) -> Iterator[None]:
+        """Within the context the network computes with the averages; the raw parameters come back also on errors."""
+        backup = {name: _local(p).detach().clone() for name, p in network.named_parameters()}
+        self._write(network, self._averages)
+        try:
+            yield
+        finally:
+            self._write(network, backup)
+
+    def state_dict(self, network: nn.Module) -> dict[str, torch.Tensor]:
+        """Full (gathered) averages on the CPU, under the network's state-dict names, its buffers included.
+
+        With sharded parameters every process must call it.
+        """
+        averages = {name: _gathered(self._averages[name], p).cpu() for name, p in network.named_parameters()}
+        return averages | {name: b.detach().cpu().clone() for name, b in _persistent_buffers(network)}
+
+    def load_state_dict(self, network: nn.Module, state: dict[str, torch.Tensor]) -> None:
+        """Take full averages in, sharding them like the parameters.
+
+        Raises:
+            ValueError: if a parameter has no average in ``state``.
+        """
+        missing = [name for name in self._averages if name not in state]
+        if missing:
+            raise ValueError(f"the checkpoint has no averaged weights for {', '.join(missing[:5])}")
+        for name, p in network.named_parameters():
+            full = state[name].to(device=p.device, dtype=torch.float32)
+            local = distribute_tensor(full, p.device_mesh, p.placements) if isinstance(p, DTensor) else full
+            self._averages[name].copy_(_local(local))
+
+    @staticmethod
+    @torch.no_grad()
+    def _write(network: nn.Module, values: dict[str, torch.Tensor]) -> None:
+        for name, p in network.named_parameters():
+            _local(p).copy_(values[name])
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _gathered(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if not isinstance(like, DTensor):
+        return local
+    layout: dict[str, Any] = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, **layout).full_tensor()
+
+
+def _persistent_buffers(network: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    kept = network.state_dict().keys()
+    return [(name, b) for name, b in network.named_buffers() if name in kept]
