@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, trunc_normal_
 from torch import nn
 
+from hornet_lit.network.depthwise import depthwise_conv2d
+
 Size = tuple[int, int]
 
 
@@ -41,7 +43,7 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias * self.scale
-        return F.conv2d(x_BCHW, self.weight * self.scale, bias, padding=self.padding, groups=self.groups)
+        return depthwise_conv2d(x_BCHW, self.weight * self.scale, bias)
 
 
 class GlobalLocalFilter(nn.Module):
@@ -77,7 +79,7 @@ class GlobalLocalFilter(nn.Module):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         local_BCHW, global_BCHW = self.pre_norm(x_BCHW).chunk(2, dim=1)
-        local_BCHW = self.dw(local_BCHW)
+        local_BCHW = depthwise_conv2d(local_BCHW, self.dw.weight, None)
         global_BCHW = self._filter_spectrum(global_BCHW).to(local_BCHW.dtype)
         x_BCHW = torch.stack((local_BCHW, global_BCHW), dim=2).flatten(1, 2)
         # LayerNorm written out to scale its two vectors and not its output.

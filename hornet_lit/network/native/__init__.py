@@ -1,0 +1,81 @@
+"""C++ kernels compiled on first use where there is a compiler, and only then; everything works without them.
+
+`$HORNET_LIT_NATIVE=0` switches them off. Libraries are kept in `$XDG_CACHE_HOME/hornet-lit` (`~/.cache`), named
+by source, compiler and processor, so that one home folder can serve machines of different kinds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("depthwise.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they are switched off or cannot be built."""
+    if os.environ.get("HORNET_LIT_NATIVE") == "0":
+        return None
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    if compiler is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", "") or str(error)
+        warnings.warn(
+            f"hornet-lit's CPU kernel could not be built, training uses PyTorch's slower one: {detail.strip()[:300]}",
+            stacklevel=2,
+        )
+        return None
+
+
+def in_parallel(task: Callable[[int, int, int], None], count: int, shares: int) -> None:
+    """Run ``task(share, start, stop)`` over [0, count) cut into ``shares``; ctypes releases the interpreter's lock."""
+    bounds = [(s, count * s // shares, count * (s + 1) // shares) for s in range(shares)]
+    if shares == 1:
+        task(*bounds[0])
+    else:
+        list(_pool(os.getpid(), shares).map(lambda b: task(*b), bounds))
+
+
+@functools.cache
+def _pool(pid: int, threads: int) -> ThreadPoolExecutor:
+    # Keyed by process: threads do not survive a fork.
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"hornet-lit-{pid}")
+
+
+def _built(compiler: str) -> Path:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    identity = "\n".join([SOURCE.read_text(), version, *FLAGS, platform.machine(), _processor()])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hornet-lit"
+    target = folder / f"depthwise-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Built beside its name and moved into place: several processes may start at once.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / target.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+            os.replace(built, target)
+    return target
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

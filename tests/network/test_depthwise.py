@@ -1,0 +1,109 @@
+"""Our depth-wise weight gradient against the library's in float64, and the ways round it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hornet_lit.network import depthwise, native
+from hornet_lit.network.depthwise import depthwise_conv2d, depthwise_weight_grad
+
+
+def reference(x: torch.Tensor, grad: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return depthwise._library_weight_grad(x.double(), grad.double(), k)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    "shape,k", [((8, 96, 14, 14), 7), ((3, 20, 9, 5), 7), ((1, 17, 40, 3), 5), ((2, 1, 1, 1), 3), ((5, 33, 18, 35), 11)]
+)
+def test_weight_grad_matches_float64(shape, k, dtype, tolerance, layout) -> None:
+    torch.manual_seed(0)
+    x, grad = (torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    for ours, exact in zip(depthwise_weight_grad(x, grad, k), reference(x, grad, k), strict=True):
+        assert ours.shape == exact.shape and ours.dtype == dtype
+        assert (ours.double() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+def test_the_kernel_is_what_runs_here_where_there_is_a_compiler() -> None:
+    import shutil
+
+    assert (native.library() is not None) == bool(shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(bias: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 4, dtype=torch.double, requires_grad=True)
+    w = torch.randn(3, 1, 3, 3, dtype=torch.double, requires_grad=True)
+    b = torch.randn(3, dtype=torch.double, requires_grad=True) if bias else None
+    assert torch.autograd.gradcheck(depthwise_conv2d, (x, w, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_through_autograd_match_the_librarys(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(4, 16, 12, 10), torch.randn(4, 16, 12, 10)
+    w, b = torch.randn(16, 1, 7, 7), torch.randn(16)
+    results = []
+    for f in (depthwise_conv2d, lambda x, w, b: F.conv2d(x, w, b, padding=3, groups=16)):
+        leaves = [t.clone().to(dtype).requires_grad_() for t in (x, w, b)]
+        f(*leaves).backward(grad.to(dtype))
+        results.append([leaf.grad for leaf in leaves])
+    for ours, library in zip(*results, strict=True):
+        scale = library.abs().max().item()
+        torch.testing.assert_close(ours, library, rtol=0, atol=scale * (1e-5 if dtype == torch.float32 else 3e-2))
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients() -> None:
+    x, w = torch.randn(2, 8, 9, 9, requires_grad=True), torch.randn(8, 1, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = depthwise_conv2d(x, w, None)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert w.grad.dtype == torch.float32 and x.grad.dtype == torch.float32
+
+
+def test_compiled_without_graph_breaks() -> None:
+    x, w, b = torch.randn(2, 8, 9, 9), torch.randn(8, 1, 3, 3, requires_grad=True), torch.randn(8, requires_grad=True)
+    depthwise_conv2d(x, w, b).square().sum().backward()
+    eager = w.grad.clone()
+    w.grad = None
+    torch.compile(depthwise_conv2d, backend="aot_eager", fullgraph=True)(x, w, b).square().sum().backward()
+    torch.testing.assert_close(w.grad, eager)
+
+
+@pytest.mark.parametrize("without", ["HORNET_LIT_NATIVE=0", "PATH=/nowhere"])
+def test_without_a_compiler_the_librarys_gradient_is_used(without: str) -> None:
+    name, value = without.split("=")
+    code = (
+        "import torch; from hornet_lit.network import native; from hornet_lit.network.depthwise import *;"
+        "from hornet_lit.network.depthwise import _library_weight_grad as l;"
+        "x = torch.randn(2, 4, 8, 8); a, b = depthwise_weight_grad(x, x, 3), l(x, x, 3);"
+        "print(native.library(), torch.equal(a[0], b[0]), torch.equal(a[1], b[1]))"
+    )
+    import os
+
+    environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {name: value}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert result.stdout.split() == ["None", "True", "True"]
+
+
+def test_a_failing_compiler_is_a_warning_and_not_an_error(tmp_path, monkeypatch) -> None:
+    fake = tmp_path / "c++"
+    fake.write_text("#!/bin/sh\necho 'no such flag' >&2\n[ \"$1\" = --version ]\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"could not be built.*no such flag"):
+            assert native.library() is None
+    finally:
+        native.library.cache_clear()
