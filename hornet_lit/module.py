@@ -101,19 +101,29 @@ class ImageClassifier(pl.LightningModule):
     # ---------------------------------------------------------------- set-up
 
     def setup(self, stage: str) -> None:
+        # Outside fit a checkpoint decides the classes: an evaluation set alone may lack some of them, and the
+        # datamodule relabels it when it meets the checkpoint's list.
+        if stage == "fit" or not self.trainer.ckpt_path:
+            self._take_classes(self._data_classes())
+
+    def _data_classes(self) -> list[str] | None:
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        if names is not None:
-            self._check_classes(list(names))
-            self.class_names = list(names)
-        if self.hparams["num_classes"] is None:
-            if names is None:
+        return None if names is None else list(names)
+
+    def _take_classes(self, names: list[str] | None) -> None:
+        classes = self.hparams["num_classes"]
+        if names is None:
+            if classes is None:
                 raise ValueError("the number of classes is unknown: give --model.num_classes")
-            self.hparams["num_classes"] = len(names)
-        if names is not None and len(names) != self.hparams["num_classes"]:
+            return
+        if classes not in (None, len(names)):
             raise ValueError(
-                f"the data has {len(names)} classes but model.num_classes is {self.hparams['num_classes']}: "
-                f"set --model.num_classes {len(names)} (and start from weights with any head)"
+                f"the data has {len(names)} classes but model.num_classes is {classes}: "
+                f"set --model.num_classes {len(names)}"
             )
+        self.hparams["num_classes"] = len(names)
+        self._check_classes(names)
+        self.class_names = names
 
     def configure_model(self) -> None:
         if self.network is not None:
@@ -158,8 +168,8 @@ class ImageClassifier(pl.LightningModule):
                 f"set --model.num_classes to its own number, or fine-tune it first"
             )
 
-    def _check_classes(self, names: list[str]) -> None:
-        if self.class_names is not None and names != self.class_names:
+    def _check_classes(self, names: list[str] | None) -> None:
+        if None not in (names, self.class_names) and names != self.class_names:
             differing = sorted(set(names) ^ set(self.class_names))
             detail = f"not in both: {', '.join(differing[:5])}" if differing else "their order differs"
             raise ValueError(
@@ -310,10 +320,11 @@ class ImageClassifier(pl.LightningModule):
     # ---------------------------------------------------------------- evaluation and prediction
 
     def on_validation_start(self) -> None:
+        self._check_classes(self._data_classes())
         self._ensure_ema()
 
     def on_test_start(self) -> None:
-        self._ensure_ema()
+        self.on_validation_start()
 
     def on_predict_start(self) -> None:
         self._ensure_ema()
@@ -386,9 +397,8 @@ class ImageClassifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         names = checkpoint.get("class_names")
-        if names is not None:
-            self._check_classes(names)
-            self.class_names = names
+        self._check_classes(names)
+        self.class_names = self.class_names if names is None else names
         saved = checkpoint.get("ema")
         wanted = self.hparams["ema_decay"]
         if self._trainer is not None and self.trainer.training:

@@ -1,0 +1,59 @@
+"""Decoding one image file: any mode to 8-bit greyscale or RGB, and errors that name the file.
+
+torchvision and timm read 16-bit PNG as white, name no file, or (timm) silently put another image in place of a bad one.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from timm.data.readers.img_extensions import IMG_EXTENSIONS
+
+# timm's own list is PNG and JPEG only; these are the other formats that people keep photographs in.
+EXTENSIONS = frozenset({*IMG_EXTENSIONS, ".webp", ".bmp", ".tif", ".tiff"})
+
+
+class UnreadableImageError(ValueError):
+    """An image file that cannot be decoded; the message names it and says what to do."""
+
+
+def read_image(file: str | Path | bytes, *, name: str, in_chans: int = 3) -> Image.Image:
+    """Decode an image completely.
+
+    Args:
+        file: path, or the encoded bytes.
+        name: what to call the file in an error, usually its path.
+        in_chans: 3 for mode RGB, 1 for mode L. Alpha is dropped, EXIF rotation ignored, as in the published code.
+
+    Returns:
+        PIL image of 8 bits a channel. 16-bit greyscale is scaled by 1/257.
+
+    Raises:
+        UnreadableImageError: missing, truncated, not an image, too large, or of a pixel type without a known range.
+    """
+    try:
+        if not isinstance(file, bytes):
+            file = Path(file).read_bytes()
+        with Image.open(io.BytesIO(file)) as image:
+            return _to_8_bit(image, "RGB" if in_chans == 3 else "L")
+    except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error, DecompressionBombError, … too
+        reason = "no image format that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise UnreadableImageError(
+            f"cannot read image {name}: {reason or type(error).__name__}. Replace the file, or take it out of the data"
+        ) from error
+
+
+def _to_8_bit(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):  # I;16, I;16B, I: Pillow's own conversion clips at 255, that is: nearly all white
+        grey_HW = np.asarray(image)
+        if grey_HW.min() < 0 or grey_HW.max() > 65535:
+            raise ValueError("32-bit integer pixels; save it with 8 or 16 bits a channel")
+        image = Image.fromarray(np.round(grey_HW / 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels of unknown range; save it with 8 or 16 bits a channel")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB Pillow warns, and this gives the same colours
+    return image.convert(mode)  # also loads the pixels, so a truncated file fails here and not later

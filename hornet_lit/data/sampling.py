@@ -1,0 +1,181 @@
+"""Which image comes when, and with which random numbers: functions of (seed, epoch, index) and of nothing else.
+
+Workers, ranks and interruptions do not enter, so a resumed run sees the same images in the same order with the same
+augmentation. Samplers yield keys (epoch, index), because a worker process cannot be told the epoch in any other way.
+
+Shape letters: B batch, C channels, H height, W width, N images in the set.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, SequentialSampler
+
+Key = tuple[int, int]  # (epoch, index)
+PADDING = -1  # label, or index for predict, of a sample that only fills up the last batches of a rank
+
+
+class _KeySampler(SequentialSampler):
+    """Called sequential because Lightning's overfit_batches would put its own, without keys, in any other's place."""
+
+    def __init__(self) -> None:
+        pass  # there is no data source
+
+
+class TrainSampler(_KeySampler):
+    """Shuffled keys for one rank: every `batch_size / world` of them belong to one optimizer step.
+
+    The order of the whole set is a permutation drawn from (seed, epoch). Rank r takes places r, r + world, …, so the
+    images of an optimizer step are the same for any number of ranks. The last, partial global batch is left out.
+
+    Args:
+        size: images in the set.
+        batch_size: global batch; `size` must hold at least one.
+        world, rank: number of ranks that read different images, and this one.
+        seed: of the permutation.
+        epoch: epoch to begin with (Lightning makes the first iterator before it calls `set_epoch`).
+        skip: keys of `epoch` that this rank has consumed already, in the run that is being resumed.
+        fixed_order: use the order of epoch 0 always (Lightning's overfit_batches means the same batches each epoch).
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        batch_size: int,
+        world: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        epoch: int = 0,
+        skip: int = 0,
+        fixed_order: bool = False,
+    ) -> None:
+        assert batch_size % world == 0 and size >= batch_size and 0 <= rank < world
+        self.size = size
+        self.used = size // batch_size * batch_size
+        self.world = world
+        self.rank = rank
+        self.seed = seed
+        self.epoch = epoch
+        self.fixed_order = fixed_order
+        self._resumed = (epoch, skip)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        # The full epoch even when resumed in the middle: Lightning counts the consumed batches itself.
+        return self.used // self.world
+
+    def __iter__(self) -> Iterator[Key]:  # type: ignore[override]
+        epoch = self.epoch
+        generator = torch.Generator().manual_seed(seed_from(self.seed, 0 if self.fixed_order else epoch))
+        order_N = torch.randperm(self.size, generator=generator)[: self.used]
+        mine = order_N[self.rank :: self.world]
+        resumed_epoch, skip = self._resumed
+        # The loader may be iterated more than once, so the offset belongs to an epoch, not to the first iterator.
+        for index in mine[skip if epoch == resumed_epoch else 0 :].numpy():
+            yield epoch, int(index)
+
+
+class EvalSampler(_KeySampler):
+    """Keys 0, 1, 2, … of one rank, in order; all ranks get the same number, so that no collective call hangs.
+
+    Indices at or beyond `size` are padding: datasets answer them with their first image and the label -1.
+    """
+
+    def __init__(self, *, size: int, world: int = 1, rank: int = 0) -> None:
+        assert size > 0 and 0 <= rank < world
+        self.length = -(-size // world)
+        self.world = world
+        self.rank = rank
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Key]:  # type: ignore[override]
+        for place in range(self.length):
+            yield 0, place * self.world + self.rank
+
+
+class ImageSource(Protocol):
+    """Where images come from: a folder, tar files, a Hugging Face data set."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """The decoded image and its label; ValueError naming the file when it cannot be read."""
+
+
+class KeyedImages(Dataset[tuple[Tensor, Tensor]]):
+    """Batches of transformed images from an ImageSource, made from a list of keys.
+
+    Args:
+        source: decoded images and labels.
+        transform: PIL image → uint8 CHW; may draw from python's, numpy's and torch's global generators.
+        seed: None for a deterministic transform, else those generators are seeded from (seed, epoch, index).
+    """
+
+    def __init__(
+        self, source: ImageSource, transform: Callable[[Image.Image], Tensor], *, seed: int | None = None
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        epoch, index = key
+        is_padding = index >= len(self.source)
+        image, label = self.source.read(0 if is_padding else index)
+        if self.seed is None:
+            x_CHW = self.transform(image)
+        else:
+            with random_from(self.seed, epoch, index):
+                x_CHW = self.transform(image)
+        return x_CHW, PADDING if is_padding else label
+
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
+        samples = [self[key] for key in keys]
+        x_BCHW = torch.stack([x for x, _ in samples])
+        return x_BCHW, torch.tensor([y for _, y in samples], dtype=torch.int64)
+
+
+def pass_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """collate_fn for data sets whose `__getitems__` makes whole batches."""
+    return batch
+
+
+def seed_from(*numbers: int) -> int:
+    """One well-mixed 63-bit seed from several non-negative integers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextmanager
+def random_from(*numbers: int) -> Iterator[None]:
+    """Seed python, numpy and torch (CPU) from `numbers` within the block, and leave all three as they were after it.
+
+    Restoring matters with num_workers=0, where the block runs in the process that also draws drop path and mixup.
+    """
+    seed = seed_from(*numbers)
+    state_python, state_numpy, state_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        # Not torch.manual_seed: that would seed the GPU's generators as well, which are not restored here.
+        torch.random.default_generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(state_python)
+        np.random.set_state(state_numpy)
+        torch.set_rng_state(state_torch)

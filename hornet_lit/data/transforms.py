@@ -1,0 +1,149 @@
+"""The published ImageNet transforms, from timm's factory, as uint8 tensors; the rest follows on the device.
+
+Source: main training script and datasets.py of raoyongming/HorNet, reference recipe in hornet.md §3.
+
+Shape letters: B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+from .sampling import random_from, seed_from
+
+Transform = Callable[[Image.Image], Tensor]  # PIL image → uint8 CHW
+
+COLOR_JITTER = 0.4
+SQUASH_FROM = 384  # from this size on, evaluation resizes to the square and crops nothing
+
+
+def eval_transform(
+    *, img_size: int, in_chans: int = 3, crop_pct: float | None = None, interpolation: str = "bicubic"
+) -> Transform:
+    """Resize the short side to img_size / crop_pct and cut out the middle.
+
+    Args:
+        img_size: side of the square that comes out, in pixels.
+        in_chans: 1 or 3.
+        crop_pct: share of the short side that stays; None for the published rule: 0.875 below 384, and at 384 or more a
+            resize to the square (the aspect ratio is not kept) without a crop.
+        interpolation: of the resize, by timm's names.
+
+    Returns:
+        A function from a PIL image to uint8 CHW.
+    """
+    squash = crop_pct is None and img_size >= SQUASH_FROM
+    return create_transform(
+        input_size=(in_chans, img_size, img_size),
+        is_training=False,
+        use_prefetcher=True,  # timm's word for: leave it uint8
+        interpolation=interpolation,
+        crop_pct=1.0 if squash else (crop_pct or 0.875),
+        crop_mode="squash" if squash else "center",
+    )
+
+
+def train_transform(
+    *,
+    img_size: int,
+    in_chans: int = 3,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+    color_jitter: float = COLOR_JITTER,
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+    interpolation: str = "bicubic",
+    mean: Sequence[float],
+) -> Transform:
+    """Random resized crop, flip, then RandAugment (or, without it, colour jitter).
+
+    Args:
+        img_size: side of the square that comes out, in pixels.
+        in_chans: 1 or 3.
+        scale, ratio: area and aspect ratio of the crop.
+        hflip: probability of a left-right flip.
+        color_jitter: strength; as in the published code it acts only when there is no auto_augment (or a `3a` one).
+        auto_augment: timm's configuration string, or None.
+        interpolation: by timm's names, "random" included.
+        mean: of the set, in 0–1: the colour that RandAugment fills corners with.
+
+    Returns:
+        A function from a PIL image to uint8 CHW; it draws from the global generators of python, numpy and torch.
+    """
+    if auto_augment and color_jitter != COLOR_JITTER and "3a" not in auto_augment:
+        warnings.warn(
+            f"color_jitter={color_jitter} has no effect while auto_augment={auto_augment!r} is set (as in timm)",
+            stacklevel=2,
+        )
+    transform = create_transform(
+        input_size=(in_chans, img_size, img_size),
+        is_training=True,
+        use_prefetcher=True,
+        scale=tuple(scale),
+        ratio=tuple(ratio),
+        hflip=hflip,
+        color_jitter=color_jitter or None,
+        auto_augment=auto_augment or None,
+        interpolation=interpolation,
+        mean=tuple(mean),
+    )
+    for part in transform.transforms:
+        _mend_posterize(part)
+    return transform
+
+
+def rand_augment(config: str, hparams: dict[str, Any]) -> Callable[[Image.Image], Image.Image]:
+    """timm's RandAugment from its configuration string; `hparams` as in timm (translate_const, img_mean)."""
+    if not config.startswith("rand"):
+        raise ValueError(f"auto_augment is {config!r}: give a RandAugment string such as rand-m9-mstd0.5-inc1")
+    transform = rand_augment_transform(config, dict(hparams))
+    _mend_posterize(transform)
+    return transform
+
+
+def _mend_posterize(transform: object) -> None:
+    """Let timm's posterize keep 0 bits, which the published magnitudes ask for and Pillow 13 refuses: a black image."""
+    policies = getattr(transform, "policy", [])
+    for op in [*getattr(transform, "ops", []), *(op for policy in policies for op in policy)]:
+        if getattr(op, "aug_fn", None) is posterize:
+            op.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
+    return posterize(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+
+
+class KeyedRandomErasing:
+    """timm's RandomErasing of a normalised batch, on its device, from a seed of its own and disturbing no generator.
+
+    Args:
+        probability: per image.
+        mode: "pixel" (noise per pixel, the published one), "rand" (one colour per box) or "const" (black).
+    """
+
+    def __init__(self, *, probability: float, mode: str) -> None:
+        self.probability = probability
+        self.mode = mode
+
+    def __call__(self, x_BCHW: Tensor, *key: int) -> Tensor:
+        """Erase in place; `key` are the numbers that the seed is made of."""
+        erase = RandomErasing(self.probability, mode=self.mode, device=x_BCHW.device)
+        with random_from(*key):
+            if x_BCHW.device.type != "cuda":
+                return erase(x_BCHW)
+            state = torch.cuda.get_rng_state(x_BCHW.device)
+            try:
+                with torch.cuda.device(x_BCHW.device):
+                    torch.cuda.manual_seed(seed_from(*key))
+                    return erase(x_BCHW)
+            finally:
+                torch.cuda.set_rng_state(state, x_BCHW.device)
