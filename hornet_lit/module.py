@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
-from timm.data import Mixup
+from timm.data import ImageNetInfo, Mixup
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
@@ -122,7 +122,7 @@ class ImageClassifier(pl.LightningModule):
                 f"set --model.num_classes {len(names)}"
             )
         self.hparams["num_classes"] = len(names)
-        self._check_classes(names)
+        self._check_classes(names, self.class_names)
         self.class_names = names
 
     def configure_model(self) -> None:
@@ -148,9 +148,9 @@ class ImageClassifier(pl.LightningModule):
         if self._device_mesh is not None:
             shard(self.network, self._device_mesh["data_parallel"])
         elif hparams["channels_last"]:
-            # FSDP2 refuses parameters that are not contiguous. Only convolutions gain from it.
+            # FSDP2 refuses parameters that are not contiguous. Depth-wise weights lie the same way in both layouts.
             for module in self.network.modules():
-                if isinstance(module, nn.Conv2d):
+                if isinstance(module, nn.Conv2d) and module.groups == 1:
                     module.to(memory_format=torch.channels_last)
         if hparams["compile"]:
             self.network.compile()
@@ -168,13 +168,14 @@ class ImageClassifier(pl.LightningModule):
                 f"set --model.num_classes to its own number, or fine-tune it first"
             )
 
-    def _check_classes(self, names: list[str] | None) -> None:
-        if None not in (names, self.class_names) and names != self.class_names:
-            differing = sorted(set(names) ^ set(self.class_names))
+    @staticmethod
+    def _check_classes(data: list[str] | None, trained: list[str] | None) -> None:
+        if None not in (data, trained) and data != trained:
+            differing = sorted(set(data) ^ set(trained))
             detail = f"not in both: {', '.join(differing[:5])}" if differing else "their order differs"
             raise ValueError(
-                f"the data's {len(names)} classes are not the {len(self.class_names)} that the checkpoint was trained "
-                f"on ({detail}): point --data at the same class list"
+                f"the data's {len(data)} classes are not the {len(trained)} that the checkpoint was trained on "
+                f"({detail}): point --data at the same class list"
             )
 
     def _new_metrics(self) -> nn.ModuleDict:
@@ -194,6 +195,7 @@ class ImageClassifier(pl.LightningModule):
             lr=hparams["lr"],
             weight_decay=hparams["weight_decay"],
             layer_decay=hparams["layer_decay"],
+            fused=self.trainer.precision != "16-mixed",
         )
         total, per_epoch = self._steps()
         scheduler = WarmupCosine(
@@ -217,9 +219,12 @@ class ImageClassifier(pl.LightningModule):
         if per_epoch is None:
             total = int(trainer.estimated_stepping_batches)
             return total, total / max(trainer.max_epochs or 1, 1)
-        by_epochs = per_epoch * trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None
-        by_steps = trainer.max_steps if trainer.max_steps > 0 else None
-        return min(n for n in (by_epochs, by_steps) if n is not None), per_epoch
+        by_epochs = None if trainer.max_epochs in (None, -1) else per_epoch * trainer.max_epochs
+        by_steps = None if trainer.max_steps == -1 else trainer.max_steps
+        total = min(n for n in (by_epochs, by_steps) if n is not None)
+        if total < 1:
+            raise ValueError("nothing to train: set --trainer.max_epochs or --trainer.max_steps above 0")
+        return total, per_epoch
 
     def lr_scheduler_step(self, scheduler: WarmupCosine, metric: Any) -> None:
         scheduler.step_update(self.global_step)
@@ -320,7 +325,7 @@ class ImageClassifier(pl.LightningModule):
     # ---------------------------------------------------------------- evaluation and prediction
 
     def on_validation_start(self) -> None:
-        self._check_classes(self._data_classes())
+        self._check_classes(self._data_classes(), self.class_names)
         self._ensure_ema()
 
     def on_test_start(self) -> None:
@@ -328,6 +333,10 @@ class ImageClassifier(pl.LightningModule):
 
     def on_predict_start(self) -> None:
         self._ensure_ema()
+        if self.class_names is None and self.hparams["num_classes"] == 1000:
+            # Published weights come without a class list; the order of the 1000 ImageNet classes is a convention.
+            info = ImageNetInfo("imagenet-1k")
+            self.class_names = [info.index_to_description(i) for i in range(1000)]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
         return self._evaluate("val", batch)
@@ -397,7 +406,8 @@ class ImageClassifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         names = checkpoint.get("class_names")
-        self._check_classes(names)
+        if self._trainer is not None and self.trainer.training:
+            self._check_classes(self.class_names, names)
         self.class_names = self.class_names if names is None else names
         saved = checkpoint.get("ema")
         wanted = self.hparams["ema_decay"]

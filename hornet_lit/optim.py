@@ -21,11 +21,14 @@ def build_optimizer(
     layer_decay: float | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    fused: bool = True,
 ) -> torch.optim.Optimizer:
     """AdamW without weight decay on biases and 1-d parameters, optionally with layer decay.
 
     With ``layer_decay`` d, timm gives every group a factor d^(last - id) by the network's `group_matcher`, but only
     stores it as "lr_scale": `WarmupCosine` applies it at every step.
+
+    ``fused`` must be False under a gradient scaler (16-mixed): a fused step unscales by itself, after clipping.
 
     Raises:
         ValueError: if no parameter requires a gradient, or ``layer_decay`` lies outside (0, 1].
@@ -42,6 +45,7 @@ def build_optimizer(
         layer_decay=layer_decay,
         betas=betas,
         eps=eps,
+        fused=fused,
     )
 
 

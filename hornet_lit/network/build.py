@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from typing import Any
 
 import timm
 from torch import nn
+
+from hornet_lit.network.hornet import HorNet
 
 
 def build_network(

@@ -112,10 +112,10 @@ def test_what_does_not_fit_is_named(official_file) -> None:
     path = official_file(timm.create_model(SEVEN))
     with pytest.raises(ValueError, match=r"of another shape: .*dwconv\.weight \(48, 1, 7, 7\)"):
         load_weights(timm.create_model(SEVEN, kernel_size=5), path)
-    with pytest.raises(ValueError, match=r"missing: stages\.2\.4"):
-        load_weights(timm.create_model(SEVEN, depths=(1, 2, 5, 1)), path)
-    with pytest.raises(ValueError, match=r"unexpected: stages\.2\.3"):
-        load_weights(timm.create_model(SEVEN, depths=(1, 2, 3, 1)), path)
+    with pytest.raises(ValueError, match=r"missing: stages\.2\.3"):
+        load_weights(timm.create_model(SEVEN, depths=(1, 1, 5, 1)), path)
+    with pytest.raises(ValueError, match=r"unexpected: stages\.2\.2"):
+        load_weights(timm.create_model(SEVEN, depths=(1, 1, 2, 1)), path)
 
 
 class Payload:

@@ -131,7 +131,7 @@ def test_any_network_of_timm_trains(tmp_path) -> None:
     trainer(tmp_path, max_epochs=1).fit(module, datamodule=TinyData())
     with pytest.raises(ValueError, match=r"no network named 'hornet_tiny_7x8': did you mean hornet_tiny_7x7"):
         ImageClassifier(network="hornet_tiny_7x8", num_classes=3).configure_model()
-    with pytest.raises(ValueError, match="takes no option 'dephts'"):
+    with pytest.raises(ValueError, match=r"takes no option 'dephts': did you mean 'depths'\?"):
         ImageClassifier(network="hornet_pico_32", network_options={"dephts": 3}, num_classes=3).configure_model()
 
 

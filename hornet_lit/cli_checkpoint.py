@@ -1,0 +1,161 @@
+"""What a checkpoint says about the run that wrote it, and what a command may change about it.
+
+Every read is torch.load(weights_only=True): a checkpoint never runs code. The settings:
+
+- the model's hyper-parameters are the checkpoint's. Validate, test and predict: options and recipes may change them,
+  except those that decide which weights exist (ARCHITECTURE). Fit, which resumes: nothing that training depends on may
+  change; how it is executed (EXECUTION) may.
+- the data module's settings are the checkpoint's where no config or option names a data module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+
+from hornet_lit.cli_errors import UserError
+from hornet_lit.cli_keys import options
+
+KEY = "hornet_lit"  # where our CLI keeps its note in a Lightning checkpoint
+ARCHITECTURE = ("network", "num_classes", "in_chans", "img_size", "network_options")
+EXECUTION = ("compile", "channels_last", "grad_checkpointing", "predict_weights")
+DATA_ROOM = "hornet_lit.data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The model's hyper-parameters and, if the checkpoint has them, the data module's {class_path, init_args}."""
+
+    path: Path
+    model: dict[str, Any]
+    data: dict[str, Any] | None
+
+
+def read_settings(path: Path) -> Settings:
+    """Reads a checkpoint's settings without its tensors (memory-mapped).
+
+    Raises:
+        UserError: missing, unreadable, or not a checkpoint of hornet-lit.
+    """
+    if not path.exists():
+        raise UserError(f"--ckpt_path {path}: no such file")
+    file = path / "meta.pt" if path.is_dir() else path  # a sharded checkpoint keeps everything but tensors there
+    if not file.is_file():
+        raise UserError(f"--ckpt_path {path} is a folder, not a checkpoint: name one of the files in its checkpoints/")
+    if not is_zipfile(file):
+        raise _unreadable(path, "not a file of torch.save, or cut short")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, …: none of them is readable
+        raise _unreadable(path, next(iter(str(error).splitlines()), "") or type(error).__name__) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("hyper_parameters"), dict):
+        raise UserError(
+            f"--ckpt_path {path} was not written by hornet-lit (it has no hyper_parameters)\n"
+            "give weights of others as --model.weights FILE, with --config RECIPE for the network"
+        )
+    note = checkpoint.get(KEY)
+    data = note.get("data") if isinstance(note, dict) else None
+    return Settings(path=path, model=dict(checkpoint["hyper_parameters"]), data=_checked(data, path))
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"--ckpt_path {path} cannot be read: {reason[:200]}\n"
+        "it is damaged, or not written by hornet-lit (then give it as --model.weights, with --config RECIPE)"
+    )
+
+
+def _checked(data: Any, path: Path) -> dict[str, Any] | None:
+    """The data settings, refused where they name a class that is not ours: a file must not choose what is imported."""
+    if not isinstance(data, dict):
+        return None
+    class_path = data.get("class_path")
+    if not isinstance(class_path, str) or not class_path.startswith(f"{DATA_ROOM}."):
+        raise UserError(
+            f"--ckpt_path {path} was trained with data {class_path!r}, which is not one of hornet-lit's\n"
+            "name the data yourself: --config RECIPE, or --data CLASS"
+        )
+    kept = {k: v for k, v in (data.get("init_args") or {}).items() if k != "predict_path"}
+    return {"class_path": class_path, "init_args": kept}
+
+
+def merge_model(
+    settings: Settings, explicit: dict[str, Any], *, command: str, valid: set[str], words: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """The model's options to run with, and the keys where the checkpoint's value stands against an explicit null.
+
+    Args:
+        explicit: the model options that recipes and the command line state.
+        valid: the names that the module of this version takes; others in the checkpoint are dropped.
+        words: the command line; a --model.weights there beside --ckpt_path is refused, but not for fit: a run that
+            began with it is resumed by the same command. (A recipe's gives way.)
+
+    Raises:
+        UserError: an explicit value conflicts with the checkpoint's; names key, both values and the mend.
+    """
+    stored = {key: value for key, value in settings.model.items() if key in valid}
+    resuming = command == "fit"
+    yielded = []
+    for key, value in explicit.items():
+        fixed = key not in EXECUTION if resuming else key in ARCHITECTURE
+        if key == "weights" or key not in stored or value == stored[key]:
+            continue
+        if value is None and key in ARCHITECTURE:
+            yielded.append(key)
+        elif fixed:
+            raise _conflict(settings.path, key, given=value, stored=stored[key], resuming=resuming)
+    if not resuming and (given := dict(options(words)).get("model.weights")) not in (None, "null"):
+        raise UserError(
+            f"--model.weights {given} and --ckpt_path {settings.path} both give weights\n"
+            "keep one: --ckpt_path for a run of hornet-lit, --model.weights for other weights"
+        )
+    # The checkpoint has the weights; the file that a fine-tuning began from is not read again, and may be gone.
+    return stored | {"weights": None}, [*yielded, "weights"]
+
+
+def _conflict(path: Path, key: str, *, given: Any, stored: Any, resuming: bool) -> UserError:
+    why = "a resumed run keeps its settings" if resuming else "its weights fit no other network"
+    start = "; to train anew from its weights: --model.weights instead of --ckpt_path" if resuming else ""
+    return UserError(
+        f"model.{key} is {given!r} by your options, {stored!r} in --ckpt_path {path}\n"
+        f"{why}: drop it from the options, or set --model.{key} {_word(stored)}{start}"
+    )
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def resolve_path(text: str, *, runs: Path) -> Path:
+    """`last` and `best` of the newest run below `runs`, or `text` itself. URLs are refused.
+
+    best is what the newest run's ModelCheckpoint noted as best in its last checkpoint.
+    """
+    if "://" in text:
+        raise UserError(f"--ckpt_path {text}: URLs are refused, a checkpoint must be a local file\ndownload it first")
+    if text not in ("last", "best"):
+        return Path(text)
+    found = sorted(runs.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"--ckpt_path {text}: no last.ckpt below {runs}/\nname the file: --ckpt_path FILE.ckpt")
+    if text == "last":
+        return found[-1]
+    return _best(found[-1])
+
+
+def _best(last: Path) -> Path:
+    read_settings(last)  # says what is wrong with it, if anything is
+    callbacks = torch.load(last, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
+    for state in callbacks.values():
+        if isinstance(state, dict) and (best := state.get("best_model_path")):
+            beside = last.parent / Path(best).name  # the run's folder may have moved since
+            if beside.exists():
+                return beside
+    raise UserError(
+        f"--ckpt_path best: {last} names no best checkpoint that still exists beside it\nuse --ckpt_path last"
+    )

@@ -1,0 +1,116 @@
+"""What a user reads when a command is refused: at most five lines, exit code 2, never a traceback.
+
+`UserError` is raised by the command line itself. `told` decides which other exceptions are a user's mistake
+(a ValueError out of hornet_lit, a missing file, a value that Lightning's Trainer refuses) and which are our bugs,
+which keep their traceback. Neither torch nor lightning is imported here.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+MAX_LINES = 5
+MAX_WIDTH = 400
+
+# ValueError is what hornet_lit raises for a user (house rule); the others say which file could not be used.
+FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, FileExistsError)
+
+
+class UserError(Exception):
+    """A user's mistake, its text ready to be printed. Not a ValueError: jsonargparse catches and rewraps those."""
+
+    exit_code = 2
+
+
+class StoppedError(UserError):
+    """A run that stopped itself for a reason it can state (a loss that is not finite); no mistake, and no bug."""
+
+    exit_code = 1
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name nearest to `name`, or None where none resembles it. Dotted names: the same parent is preferred."""
+    valid = list(dict.fromkeys(valid))
+    parent, _, last = name.rpartition(".")
+    siblings = {v.rpartition(".")[2]: v for v in valid if v.rpartition(".")[0] == parent}
+    for matches in (
+        get_close_matches(last, siblings, n=1, cutoff=0.6),
+        get_close_matches(name, valid, n=1, cutoff=0.6),
+    ):
+        if matches:
+            return siblings.get(matches[0], matches[0])
+    same_last = [v for v in valid if v.rpartition(".")[2] == last]
+    return same_last[0] if same_last else None
+
+
+def unknown(what: str, name: str, valid: Iterable[str], *, where: str = "", mend: str = "") -> UserError:
+    """The error for a name that does not exist: what was given and where, the nearest valid one, where to see all."""
+    lines = [f"unknown {what} {name!r}{f' in {where}' if where else ''}"]
+    if match := did_you_mean(name, valid):
+        lines.append(f"did you mean {match!r}?")
+    if mend:
+        lines.append(mend)
+    return UserError("\n".join(lines))
+
+
+def shorten(message: str) -> str:
+    """At most five lines of at most 400 characters; blank lines dropped."""
+    lines = [line.rstrip() for line in message.strip().splitlines() if line.strip()]
+    if len(lines) > MAX_LINES:
+        lines = [*lines[: MAX_LINES - 1], f"  … {len(lines) - MAX_LINES + 1} more lines: HORNET_LIT_DEBUG=1 shows them"]
+    return "\n".join(line if len(line) <= MAX_WIDTH else line[: MAX_WIDTH - 1] + "…" for line in lines)
+
+
+def told(error: BaseException, *, constructing: bool) -> UserError | None:
+    """What to print for `error` instead of its traceback, or None for an error that is a bug of ours.
+
+    Args:
+        error: what was raised.
+        constructing: whether it came while the model, data and Trainer were being made from the options: there,
+            Lightning's own refusals (a strategy it does not know, no such device) are answers to the options too.
+    """
+    if isinstance(error, UserError):
+        return error
+    if type(error).__name__ == "NonFiniteError":
+        return StoppedError(str(error))
+    text = _text_of(error, constructing=constructing)
+    return None if text is None else UserError(text)
+
+
+def _text_of(error: BaseException, *, constructing: bool) -> str | None:
+    if isinstance(error, FILE_ERRORS):
+        if error.filename is None and not _raised_in_package(error):
+            return None
+        return str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+    if (text := _from_worker(error)) is not None:
+        return text
+    if isinstance(error, ValueError) and _raised_in_package(error):
+        return str(error)
+    if type(error).__name__ == "MisconfigurationException":
+        return str(error)
+    if constructing and isinstance(error, (ValueError, TypeError, ModuleNotFoundError)):
+        # Where a type has alternatives, jsonargparse lists why each was refused; what the class said comes first.
+        union = re.search(r"Errors:\s+- (.+)", str(error)) if "Union subtypes" in str(error) else None
+        return union[1] if union else str(error)
+    return None
+
+
+def _raised_in_package(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and PACKAGE in Path(frames[-1].filename).resolve().parents
+
+
+def _from_worker(error: BaseException) -> str | None:
+    """A loader's worker sends its exception's traceback as text; torch raises it again with that text as message."""
+    caught = re.match(r"Caught (\w+) in DataLoader worker process \d+", str(error))
+    if caught is None or not isinstance(error, (ValueError, *FILE_ERRORS)):
+        return None
+    files = re.findall(r'^  File "(.+)", line \d+', str(error), flags=re.MULTILINE)
+    if not files or PACKAGE not in Path(files[-1]).resolve().parents:
+        return None
+    return re.split(rf"\n(?:\w+\.)*{caught[1]}: ", str(error))[-1]

@@ -1,0 +1,306 @@
+"""fit, validate, test and predict: LightningCLI, wired to ImageClassifier and the data modules.
+
+What is ours here, and why:
+- bare recipe names for --config; every name is checked before jsonargparse, so that a typo is told in a few lines;
+- validate, test and predict need weights: LightningCLI would score random ones and exit 0;
+- --ckpt_path: its settings are the defaults and conflicts are errors (LightningCLI lets it override options silently);
+- config.yaml goes to the run's folder only, and a second run there does not abort;
+- checkpoints are read with weights_only=True, and predictions are streamed to a file, never returned.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+# Named in recipes by their bare names, which works for classes that are imported.
+import hornet_lit.strategy  # noqa: F401
+from hornet_lit import cli_checkpoint, writers
+from hornet_lit.cli import resolve_recipe
+from hornet_lit.cli_errors import UserError, told
+from hornet_lit.cli_keys import Config, KeyChecker, load_config, options, value_error
+from hornet_lit.cli_record import RunRecord
+from hornet_lit.data import ImageDataModule
+from hornet_lit.module import ImageClassifier
+
+RUNS = Path("runs")
+BASES = (ImageDataModule, Callback, Logger, Profiler, Strategy)
+# What Lightning's methods take and we decide: the objects themselves, safe reading, and that nothing is returned.
+OURS = {
+    "model",
+    "datamodule",
+    "dataloaders",
+    "train_dataloaders",
+    "val_dataloaders",
+    "weights_only",
+    "return_predictions",
+}
+
+
+def run(command: str, words: Sequence[str]) -> None:
+    """Runs fit, validate, test or predict with the options `words`; UserError for what the user can mend."""
+    progress: dict[str, bool] = {}
+    _quieten()
+    try:
+        HornetCLI(command, words, progress=progress)
+    except Exception as error:
+        short = told(error, constructing="constructed" not in progress)
+        if short is None or short is error:
+            raise
+        raise short from error
+
+
+def _quieten() -> None:
+    """Drops what Lightning says about itself, and a warning about callbacks that only a training needs."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda line: "Tip:" not in line.getMessage())
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint need to be provided")
+    warnings.filterwarnings("ignore", message=r".*does not have many workers")
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+class Parser(LightningArgumentParser):
+    """The parser of one command. Its errors are UserErrors, without the 50 lines of usage."""
+
+    configs: Sequence[Config] = ()
+    words: Sequence[str] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # a parser that jsonargparse made for one class: it reads what this raises
+            super().error(message, ex)
+        raise UserError(value_error(message, self.configs, self.words))
+
+
+class HornetCLI(LightningCLI):
+    """LightningCLI for one command.
+
+    Args:
+        command: fit, validate, test or predict.
+        words: the options after it.
+        progress: gets the key "constructed" once model, data and Trainer exist.
+    """
+
+    def __init__(self, command: str, words: Sequence[str], *, progress: dict[str, bool]) -> None:
+        self.command = command
+        self.progress = progress
+        super().__init__(
+            ImageClassifier,
+            ImageDataModule,
+            subclass_mode_data=True,
+            save_config_callback=RunRecord,
+            trainer_defaults={"use_distributed_sampler": False},
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"prog": "hornet-lit", "allow_abbrev": False},
+            args=[command, *words],
+            auto_configure_optimizers=False,
+            # The module's and data's own save_hyperparameters() keep plain values; Lightning's variant would add the
+            # name of a function that loading then calls.
+            load_from_checkpoint_support=False,
+        )
+
+    # ---- options
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the one that was asked for: building a parser takes a quarter of a second."""
+        return {self.command: OURS}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        return super()._prepare_subcommand_parser(klass, subcommand, **(kwargs | {"allow_abbrev": False}))
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({"trainer.use_distributed_sampler": False, "trainer.logger": self._default_logger()})
+        parser.add_lightning_class_args(ImageClassifier, "model")
+        parser.add_lightning_class_args(ImageDataModule, "data", subclass_mode=True)
+        if self.command == "predict":
+            parser.add_lightning_class_args(writers.PredictionWriter, "prediction")
+
+    def _default_logger(self) -> dict[str, Any] | bool:
+        if self.command != "fit":
+            return False
+        return {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": str(RUNS), "name": "fit"},
+        }
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Checks names, reads the checkpoint's settings, refuses conflicts, and sets `self.config`."""
+        words, configs = _with_recipes(args[1:])
+        command_parser = self._subcommand_parsers[self.command]
+        for each in (parser, command_parser):
+            each.configs, each.words = configs, words
+        names = {option.lstrip("-") for action in command_parser._actions for option in action.option_strings}
+        checker = KeyChecker(names=names, data_class=None, bases=BASES, command=self.command)
+        if {"--help", "-h"} & set(words):
+            parser.parse_args([self.command, *words])
+
+        settings = self._checkpoint_settings(words, configs)
+        checker.data_class, base = _data_of(checker, words, configs, settings)
+        for config in configs:
+            checker.check_config(config)
+        checker.check_options(words)
+        self._refuse_missing(words, configs, settings, has_data=checker.data_class is not None)
+
+        # The explicit model options, with the data class only named: a config of the checkpoint's goes first, so
+        # that whatever is given later wins.
+        data_only = ["--config", json.dumps({"data": base})] if base else []
+        model: dict[str, Any] = {}
+        pinned: list[str] = []
+        if settings is not None:
+            explicit = command_parser.parse_args([*data_only, *words], defaults=False).get("model")
+            valid = {name.removeprefix("model.") for name in names if name.startswith("model.")}
+            model, pinned = cli_checkpoint.merge_model(
+                settings, {} if explicit is None else explicit.as_dict(), command=self.command, valid=valid, words=words
+            )
+        first = {"model": model} | ({"data": base} if base else {})
+        self.config = parser.parse_args([self.command, "--config", json.dumps(first), *words])
+        chosen = self.config[self.command]
+        for key in pinned:
+            chosen["model"][key] = model[key]
+        if settings is not None:
+            chosen["ckpt_path"] = str(settings.path)
+        if chosen["trainer"]["use_distributed_sampler"]:
+            raise UserError(
+                "trainer.use_distributed_sampler must be false: the data modules share the images out themselves"
+            )
+
+    def _checkpoint_settings(self, words: Sequence[str], configs: Sequence[Config]) -> cli_checkpoint.Settings | None:
+        given = [config.values.get("ckpt_path") for config in configs]
+        given += [value for name, value in options(words) if name == "ckpt_path"]
+        text = next((value for value in reversed(given) if value not in (None, "null")), None)
+        if text is None:
+            return None
+        path = cli_checkpoint.resolve_path(str(text), runs=_run_folder(configs))
+        if str(path) != str(text):
+            _say(f"--ckpt_path {text}: {path}")
+        return cli_checkpoint.read_settings(path)
+
+    def _refuse_missing(
+        self,
+        words: Sequence[str],
+        configs: Sequence[Config],
+        settings: cli_checkpoint.Settings | None,
+        *,
+        has_data: bool,
+    ) -> None:
+        """Without weights, validate, test and predict would use random ones and exit 0; without data nothing runs."""
+        models = [config.values.get("model") for config in configs]
+        weights = [model.get("weights") for model in models if isinstance(model, dict) and "weights" in model]
+        weights += [value for name, value in options(words) if name == "model.weights"]
+        if self.command != "fit" and settings is None and (not weights or weights[-1] in (None, "", "null")):
+            raise UserError(
+                f"{self.command} needs trained weights, or it would use random ones\n"
+                "give --ckpt_path FILE.ckpt (of a run), or --model.weights FILE (official or other weights)"
+            )
+        if not has_data:
+            raise UserError(
+                f"{self.command} needs data: give --config RECIPE"
+                + ("" if self.command == "fit" else ", or a --ckpt_path that was trained by `hornet-lit fit`")
+                + "\n`hornet-lit recipes` lists the recipes"
+            )
+
+    def _parse_ckpt_path(self) -> None:
+        """Done in `parse_arguments`, where conflicts can be seen."""
+
+    # ---- running
+
+    def after_instantiate_classes(self) -> None:
+        self.progress["constructed"] = True
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["weights_only"] = True
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False
+        return kwargs
+
+    def before_fit(self) -> None:
+        """Under fast_dev_run nothing is written, but ModelCheckpoint's save_last would be."""
+        if self.trainer.fast_dev_run:
+            self.trainer.callbacks = [each for each in self.trainer.callbacks if not isinstance(each, Checkpoint)]
+
+    def after_fit(self) -> None:
+        """Says where the run's files are."""
+        checkpoints = self.trainer.checkpoint_callback
+        # Not trainer.log_dir, which is a collective call: a process that has gone would leave the others waiting.
+        if (folder := getattr(self.trainer.logger, "log_dir", None)) and not self.trainer.fast_dev_run:
+            _say(f"run folder: {folder}")
+        for label, attribute in (("best checkpoint", "best_model_path"), ("last checkpoint", "last_model_path")):
+            if path := getattr(checkpoints, attribute, ""):
+                _say(f"{label}: {path}")
+
+
+def _with_recipes(words: Sequence[str]) -> tuple[list[str], list[Config]]:
+    """The words with every --config value turned into a path, and what those files hold."""
+    words = list(words)
+    configs = []
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name not in ("-c", "--config"):
+            continue
+        if not equals:
+            if i + 1 == len(words) or words[i + 1].startswith("-"):
+                raise UserError(f"{name} needs the name of a recipe, or a file\n`hornet-lit recipes` lists the recipes")
+            value = words[i + 1]
+        path = _config_path(value)
+        configs.append(load_config(path))
+        words[i if equals else i + 1] = f"{name}={path}" if equals else str(path)
+    return words, configs
+
+
+def _config_path(value: str) -> Path:
+    if "://" in value:
+        raise UserError(f"--config {value}: URLs are refused, a recipe must be a local file")
+    path = Path(value)
+    if path.is_file():
+        return path
+    return resolve_recipe(value).path
+
+
+def _data_of(
+    checker: KeyChecker,
+    words: Sequence[str],
+    configs: Sequence[Config],
+    settings: cli_checkpoint.Settings | None,
+) -> tuple[type | None, dict[str, Any] | None]:
+    """(the data module's class, the checkpoint's data settings where nothing else names a class)."""
+    for name, value in reversed(list(options(words))):
+        if name in ("data", "data.class_path") and value is not None:
+            return checker.find_class(value, path="data", source="the command line"), None
+    for config in reversed(configs):
+        data = config.values.get("data")
+        if isinstance(data, dict) and "class_path" in data:
+            return checker.find_class(data["class_path"], path="data", source=config.source), None
+    if settings is None or settings.data is None:
+        return None, None
+    kind = checker.find_class(settings.data["class_path"], path="data", source=str(settings.path))
+    return kind, settings.data
+
+
+def _run_folder(configs: Sequence[Config]) -> Path:
+    """Where `--ckpt_path last` looks: the recipe's own runs, or all."""
+    for config in reversed(configs):
+        trainer = config.values.get("trainer")
+        logger = trainer.get("logger") if isinstance(trainer, dict) else None
+        given = logger.get("init_args") if isinstance(logger, dict) else None
+        if isinstance(given, dict) and given.get("save_dir"):
+            return Path(str(given["save_dir"]), str(given.get("name") or ""))
+    return RUNS
