@@ -2,6 +2,7 @@
 #   make demo   train, validate and predict on handwritten digits; the files are in demo/
 #   make test   the tests
 #   make lint   ruff
+#   make resume-matrix   kill trainings and resume them, the whole table of BENCHMARKS.md (about ten minutes)
 # PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := demo
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test lint format install clean resume-matrix
 
 install: $(STAMP)
 
@@ -40,6 +41,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+resume-matrix: $(STAMP)
+	$(BIN)/python -m tests.distributed.resume_matrix
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
@@ -51,7 +52,9 @@ def read_settings(path: Path) -> Settings:
         raise _unreadable(path, "not a file of torch.save, or cut short")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, …: none of them is readable
+    except UnpicklingError as error:  # torch's own words advise to switch the protection off
+        raise _unreadable(path, "it holds other things than tensors and plain settings") from error
+    except Exception as error:  # torch raises RuntimeError, EOFError, …: none of them is readable
         raise _unreadable(path, next(iter(str(error).splitlines()), "") or type(error).__name__) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("hyper_parameters"), dict):
         raise UserError(
@@ -66,7 +69,7 @@ def read_settings(path: Path) -> Settings:
 def _unreadable(path: Path, reason: str) -> UserError:
     return UserError(
         f"--ckpt_path {path} cannot be read: {reason[:200]}\n"
-        "it is damaged, or not written by hornet-lit (then give it as --model.weights, with --config RECIPE)"
+        "it is damaged, or not written by hornet-lit: weights of others go with --model.weights FILE --config RECIPE"
     )
 
 

@@ -177,9 +177,17 @@ class HornetCLI(LightningCLI):
             chosen["model"][key] = model[key]
         if settings is not None:
             chosen["ckpt_path"] = str(settings.path)
+        if self.command == "predict":
+            chosen["trainer"]["logger"] = False  # nothing is logged: the recipe's would leave an empty run folder
         if chosen["trainer"]["use_distributed_sampler"]:
             raise UserError(
                 "trainer.use_distributed_sampler must be false: the data modules share the images out themselves"
+            )
+        weights = chosen["model"]["weights"]
+        if weights and "://" not in weights and not Path(weights).is_file():  # said before a large folder is listed
+            raise UserError(
+                f"no weight file at {weights}\n"
+                "give yours as --model.weights FILE: the authors' .pth, a .ckpt of hornet-lit, or safetensors"
             )
 
     def _checkpoint_settings(self, words: Sequence[str], configs: Sequence[Config]) -> cli_checkpoint.Settings | None:
@@ -224,6 +232,26 @@ class HornetCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         self.progress["constructed"] = True
+        model, data = self.model.hparams, self.datamodule
+        if model["in_chans"] != data.in_chans:
+            raise UserError(
+                f"model.in_chans is {model['in_chans']} but the images of {type(data).__name__} have {data.in_chans} "
+                f"channel(s)\nset --model.in_chans {data.in_chans}, or name other data"
+            )
+        if self.command == "fit" and model["img_size"] not in (None, data.img_size):
+            warnings.warn(
+                f"model.img_size is {model['img_size']} but the images have {data.img_size} pixels a side: "
+                f"set model.img_size and data.img_size alike",
+                stacklevel=2,
+            )
+        for callback in self.trainer.callbacks if self.command == "fit" and model["ema_decay"] is None else ():
+            if str(monitor := getattr(callback, "monitor", None)).endswith("_ema"):
+                # Lightning would say so at the end of the first epoch, which may be hours away.
+                raise UserError(
+                    f"{type(callback).__name__} monitors {monitor!r}, which needs averaged weights, but "
+                    "model.ema_decay is null\nset model.ema_decay, or monitor 'val/acc1' in a copy of the recipe "
+                    "(`hornet-lit recipes copy NAME`)"
+                )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

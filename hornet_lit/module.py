@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from hornet_lit.network import load_weights
 from hornet_lit.network.build import build_network
 from hornet_lit.network.sharding import shard
-from hornet_lit.optim import Ema, WarmupCosine, build_optimizer
+from hornet_lit.optim import Ema, WarmupCosine, build_optimizer, check_ranges
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 PADDING = -1
@@ -89,6 +89,7 @@ class ImageClassifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        check_ranges(self.hparams)
         self.network: nn.Module | None = None
         self.class_names: list[str] | None = None
         self.ema: Ema | None = None
@@ -117,10 +118,11 @@ class ImageClassifier(pl.LightningModule):
                 raise ValueError("the number of classes is unknown: give --model.num_classes")
             return
         if classes not in (None, len(names)):
-            raise ValueError(
-                f"the data has {len(names)} classes but model.num_classes is {classes}: "
-                f"set --model.num_classes {len(names)}"
-            )
+            # Weights that are only evaluated keep their number of classes: there the data has to give way.
+            mend = f"set --model.num_classes {len(names)}"
+            if not self.trainer.training:
+                mend = "evaluate on data with the classes of the weights; --data.class_map FILE lists all, one a line"
+            raise ValueError(f"the data has {len(names)} classes but model.num_classes is {classes}: {mend}")
         self.hparams["num_classes"] = len(names)
         self._check_classes(names, self.class_names)
         self.class_names = names
@@ -302,7 +304,9 @@ class ImageClassifier(pl.LightningModule):
             if gradient_clip_val:
                 nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not torch.stack((self._loss, self._grad_norm)).isfinite().all():
+        # Under 16-mixed the scaler itself skips the steps whose scaled gradients overflow.
+        norm = self._loss if self.trainer.precision == "16-mixed" else self._grad_norm
+        if not torch.stack((self._loss, norm)).isfinite().all():
             raise NonFiniteError(
                 f"training stopped at batch {self._batch_idx} of epoch {self.current_epoch} (step {self.global_step}): "
                 f"loss {self._loss.item():g}, gradient norm {self._grad_norm.item():g}, learning rate {self._lr():g}. "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,22 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def check_ranges(hparams: Mapping[str, Any]) -> None:
+    """Refuse training settings that no training can have.
+
+    Raises:
+        ValueError: naming the setting, its value and its range.
+    """
+    for name in ("lr", "min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix"):
+        if hparams[name] < 0 or (name == "lr" and hparams[name] == 0):
+            raise ValueError(
+                f"model.{name} is {hparams[name]}: it must be {'positive' if name == 'lr' else 'at least 0'}"
+            )
+    for name in ("drop_path_rate", "label_smoothing", "mix_prob", "mix_switch_prob"):
+        if not 0 <= hparams[name] <= 1:
+            raise ValueError(f"model.{name} is {hparams[name]}: it is a share and must lie between 0 and 1")
 
 
 def build_optimizer(

@@ -16,10 +16,10 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .batching import limited, optimizer_steps, split_batch
+from .batching import limited, optimizer_steps, split_batch, useful_workers
 from .predict import PredictImages, find_images
 from .sampling import EvalSampler, TrainSampler, pass_batch, seed_from
-from .transforms import KeyedRandomErasing, Transform
+from .transforms import KeyedRandomErasing, Transform, check_share
 
 Batch = tuple[Tensor, Tensor]
 BatchDataset = Dataset[Batch]  # with __len__ and __getitems__(keys) -> (uint8 x_BCHW, int64 y_B)
@@ -44,7 +44,7 @@ class ImageDataModule(pl.LightningDataModule):
         batch_size: GLOBAL training batch, images per optimizer step over all devices.
         batch_size_per_device: the most training images that one device takes at once; gradient accumulation follows.
         eval_batch_size: images per device in validation, test and prediction.
-        num_workers: loader processes per device.
+        num_workers: loader processes per device; no more than cores, or batches, are started.
         seed: of order and augmentation.
         predict_path: folder, image, or text file of paths, for `predict`.
         img_size: side of the images that the network gets, in pixels.
@@ -85,6 +85,7 @@ class ImageDataModule(pl.LightningDataModule):
                 f"eval_batch_size {eval_batch_size} and img_size {img_size} must be positive, "
                 f"num_workers {num_workers} and seed {seed} at least 0"
             )
+        check_share(reprob=reprob)
         if remode not in ("pixel", "rand", "const"):
             raise ValueError(f"remode is {remode!r}: choose pixel, rand or const")
         if remode != "pixel" and not reprob:
@@ -100,7 +101,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.class_names: list[str] | None = None
-        self.predict_files: list[str] = []
+        self.predict_files: Sequence[str] = []
         self.train_set: BatchDataset | None = None
         self.val_set: BatchDataset | None = None
         self.test_set: BatchDataset | None = None
@@ -191,12 +192,13 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _loader(self, dataset: BatchDataset, sampler: TrainSampler | EvalSampler, batch_size: int) -> DataLoader[Batch]:
         on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        workers = useful_workers(self.num_workers, batches=-(-len(sampler) // batch_size))
         return _ResumableLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=on_cuda,
             collate_fn=pass_batch,
             # Without its own generator every iterator draws its workers' seed from the main process's.

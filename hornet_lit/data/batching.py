@@ -7,6 +7,7 @@ A recipe states the global batch once; micro-batch and accumulation follow from 
 from __future__ import annotations
 
 import math
+import os
 
 
 def split_batch(*, batch_size: int, world: int, batch_size_per_device: int | None = None) -> tuple[int, int]:
@@ -63,3 +64,12 @@ def limited(length: int, limit: int | float | None) -> int:
 def optimizer_steps(loop_steps: int, accumulation: int) -> int:
     """Optimizer steps in an epoch of `loop_steps`; Lightning also steps on the last batch, whatever it accumulated."""
     return math.ceil(loop_steps / accumulation)
+
+
+def useful_workers(asked: int, *, batches: int) -> int:
+    """Loader processes to start: no more than this process may use cores, or than there are batches to make.
+
+    The published recipes ask for 10, which on two cores only wait for each other. Batches do not depend on it.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(asked, max(cores, 1), max(batches, 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from .images import EXTENSIONS, UnreadableImageError, read_image
 from .predict import walk_images
 from .sampling import seed_from
 from .tensors import BatchStep, CropFlip, Cutout, PerImage, TensorImages
-from .transforms import Transform, eval_transform, rand_augment
+from .transforms import Transform, check_share, eval_transform, rand_augment
 
 SIDE = 32  # pixels
 _LARGEST_FILE = 4 * 2**20  # bytes; a 32×32 image of any format is far below, a decompression bomb is not
@@ -100,6 +100,7 @@ class CIFARDataModule(ImageDataModule):
         )
         if not 0 <= padding < SIDE or not 0 <= cutout <= SIDE:
             raise ValueError(f"padding {padding} must lie in 0 … {SIDE - 1} and cutout {cutout} in 0 … {SIDE}")
+        check_share(hflip=hflip)
         self.num_classes = num_classes
         self.root = root
         self.download = download
@@ -108,7 +109,7 @@ class CIFARDataModule(ImageDataModule):
         self.hflip = hflip
         self.auto_augment = auto_augment
         self.cutout = cutout
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # Lightning refuses names that the module has with other values
         self.class_names = [NAMES[num_classes][label] for label in self.class_subset or range(num_classes)]
 
     def prepare_data(self) -> None:
@@ -207,7 +208,8 @@ def load_folder(folder: Path, *, class_names: list[str]) -> tuple[Tensor, Tensor
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist: data.root must hold train/ and test/ with a folder per class")
     found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    _check_names(found, class_names, where=str(folder))
+    _refuse_unknown(found, class_names, where=str(folder))
+    _refuse_missing(found, class_names, where=str(folder))
     paths, labels = [], []
     for label, name in enumerate(class_names):
         inside = sorted(walk_images(folder / name))
@@ -241,8 +243,7 @@ def load_tar(path: Path, *, splits: tuple[str, ...], class_names: list[str]) -> 
                     raise ValueError(
                         f"{path}: member {member.name} has {member.size} bytes, too many for a 32×32 image"
                     )
-                if parts[-2] not in labels:
-                    _check_names([parts[-2]], class_names, where=f"{path}, {parts[-3]}/")
+                _refuse_unknown([parts[-2]], class_names, where=f"{path}, {parts[-3]}/")
                 file = archive.extractfile(member)
                 assert file is not None
                 members.append((parts[-3], parts[-2], member.name))
@@ -257,7 +258,7 @@ def load_tar(path: Path, *, splits: tuple[str, ...], class_names: list[str]) -> 
     result = {}
     for split in splits:
         places = sorted((i for i, member in enumerate(members) if member[0] == split), key=lambda i: members[i][1:])
-        _check_names(sorted({members[i][1] for i in places}), class_names, where=f"{path}, {split}/")
+        _refuse_missing({members[i][1] for i in places}, class_names, where=f"{path}, {split}/")
         result[split] = x_NCHW[places], torch.tensor([labels[members[i][1]] for i in places])
     return result
 
@@ -286,17 +287,21 @@ def _decode(files: list[tuple[str, bytes | Path]]) -> np.ndarray:
     return x_NHWC
 
 
-def _check_names(found: list[str], class_names: list[str], *, where: str) -> None:
+def _refuse_unknown(found: Iterable[str], class_names: list[str], *, where: str) -> None:
     unknown = [name for name in found if name not in class_names]
     if unknown:
         raise ValueError(
             f"{where}: {unknown[0]!r} is not a class of CIFAR-{len(class_names)} (they are {class_names[0]}, "
             f"{class_names[1]}, …); for folders of your own use ImageNetDataModule"
         )
+
+
+def _refuse_missing(found: Collection[str], class_names: list[str], *, where: str) -> None:
     missing = [name for name in class_names if name not in found]
-    if missing and len(found) != 1:
+    if missing:
         raise ValueError(
-            f"{where}: no class folder {missing[0]!r} ({len(missing)} of {len(class_names)} classes missing)"
+            f"{where}: no images of class {missing[0]!r} ({len(missing)} of {len(class_names)} classes missing): add "
+            "them, or for folders of your own use ImageNetDataModule"
         )
 
 

@@ -65,7 +65,7 @@ class DigitsDataModule(ImageDataModule):
             std=std,
         )
         self.augment = augment
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # Lightning refuses names that the module has with other values
         self.class_names = [str(digit) for digit in range(10)]
 
     def setup_data(self, stage: str) -> None:

@@ -24,7 +24,7 @@ from .sources import (
     wds_images,
     wds_shards,
 )
-from .transforms import COLOR_JITTER, Transform, eval_transform, train_transform
+from .transforms import COLOR_JITTER, Transform, check_share, eval_transform, train_transform
 
 _SYNONYMS = {"val": ("val", "validation"), "validation": ("validation", "val")}
 _GREY_MEAN, _GREY_STD = (0.449,), (0.226,)  # the RGB values' averages, as timm uses for one channel
@@ -112,6 +112,7 @@ class ImageNetDataModule(ImageDataModule):
             raise ValueError(
                 f"dataset is {dataset!r}: leave it empty for folders and tar files, or give wds/ or hfds/NAME"
             )
+        check_share(hflip=hflip)
         if val_fraction is not None and not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction is {val_fraction}: give a share between 0 and 1, such as 0.1")
         self.root = root
@@ -128,7 +129,7 @@ class ImageNetDataModule(ImageDataModule):
         self.color_jitter = color_jitter
         self.auto_augment = auto_augment
         self.interpolation = interpolation
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # Lightning refuses names that the module has with other values
         self._opened: dict[str, LabelledImages] = {}
         self._classes_are_evals = False  # until a checkpoint tells the class list that it was trained on
 
@@ -289,7 +290,9 @@ class ImageNetDataModule(ImageDataModule):
         raise AssertionError(split)
 
     def _raise_missing(self, split: str) -> NoReturn:
-        root = Path(self.root).absolute()
+        root = Path(os.path.abspath(self.root))
+        if root.is_file():
+            raise ValueError(f"{root} is a file: set data.root to the folder that holds train/ and val/, or tar files")
         if not root.is_dir():
             raise ValueError(f"data folder {root} does not exist: set data.root to where the images are")
         option = next(o for o in ("train_split", "val_split", "test_split") if getattr(self, o) == split)

@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from copy import copy
 from glob import glob
 from pathlib import Path
@@ -23,23 +23,7 @@ import numpy as np
 from PIL import Image
 
 from .images import EXTENSIONS, read_image
-from .predict import walk_images
-
-
-class PackedStrings(Sequence[str]):
-    """Strings in two arrays, read-only: worker processes share them, where a list would be copied object by object."""
-
-    def __init__(self, strings: Iterable[str]) -> None:
-        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
-        self._end_N = np.cumsum([len(string) for string in encoded], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._end_N)
-
-    def __getitem__(self, index: int) -> str:  # type: ignore[override]
-        begin = self._end_N[index - 1] if index else 0
-        return self._bytes[begin : self._end_N[index]].tobytes().decode("utf-8", "surrogateescape")
+from .predict import PackedStrings, walk_images
 
 
 class LabelledImages:

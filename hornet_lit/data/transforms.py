@@ -8,7 +8,8 @@ Shape letters: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .sampling import random_from, seed_from
 Transform = Callable[[Image.Image], Tensor]  # PIL image → uint8 CHW
 
 COLOR_JITTER = 0.4
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 SQUASH_FROM = 384  # from this size on, evaluation resizes to the square and crops nothing
 
 
@@ -36,17 +38,21 @@ def eval_transform(
         in_chans: 1 or 3.
         crop_pct: share of the short side that stays; None for the published rule: 0.875 below 384, and at 384 or more a
             resize to the square (the aspect ratio is not kept) without a crop.
-        interpolation: of the resize, by timm's names.
+        interpolation: of the resize, by timm's names; "random", which is for training, gives bicubic.
 
     Returns:
         A function from a PIL image to uint8 CHW.
+
+    Raises:
+        ValueError: an interpolation that does not exist.
     """
+    interpolation = _checked_interpolation(interpolation)
     squash = crop_pct is None and img_size >= SQUASH_FROM
     return create_transform(
         input_size=(in_chans, img_size, img_size),
         is_training=False,
         use_prefetcher=True,  # timm's word for: leave it uint8
-        interpolation=interpolation,
+        interpolation="bicubic" if interpolation == "random" else interpolation,
         crop_pct=1.0 if squash else (crop_pct or 0.875),
         crop_mode="squash" if squash else "center",
     )
@@ -78,24 +84,29 @@ def train_transform(
 
     Returns:
         A function from a PIL image to uint8 CHW; it draws from the global generators of python, numpy and torch.
+
+    Raises:
+        ValueError: an interpolation or an auto_augment that timm does not know.
     """
+    interpolation = _checked_interpolation(interpolation)
     if auto_augment and color_jitter != COLOR_JITTER and "3a" not in auto_augment:
         warnings.warn(
             f"color_jitter={color_jitter} has no effect while auto_augment={auto_augment!r} is set (as in timm)",
             stacklevel=2,
         )
-    transform = create_transform(
-        input_size=(in_chans, img_size, img_size),
-        is_training=True,
-        use_prefetcher=True,
-        scale=tuple(scale),
-        ratio=tuple(ratio),
-        hflip=hflip,
-        color_jitter=color_jitter or None,
-        auto_augment=auto_augment or None,
-        interpolation=interpolation,
-        mean=tuple(mean),
-    )
+    with _naming(auto_augment):
+        transform = create_transform(
+            input_size=(in_chans, img_size, img_size),
+            is_training=True,
+            use_prefetcher=True,
+            scale=tuple(scale),
+            ratio=tuple(ratio),
+            hflip=hflip,
+            color_jitter=color_jitter or None,
+            auto_augment=auto_augment or None,
+            interpolation=interpolation,
+            mean=tuple(mean),
+        )
     for part in transform.transforms:
         _mend_posterize(part)
     return transform
@@ -105,9 +116,36 @@ def rand_augment(config: str, hparams: dict[str, Any]) -> Callable[[Image.Image]
     """timm's RandAugment from its configuration string; `hparams` as in timm (translate_const, img_mean)."""
     if not config.startswith("rand"):
         raise ValueError(f"auto_augment is {config!r}: give a RandAugment string such as rand-m9-mstd0.5-inc1")
-    transform = rand_augment_transform(config, dict(hparams))
+    with _naming(config):
+        transform = rand_augment_transform(config, dict(hparams))
     _mend_posterize(transform)
     return transform
+
+
+def check_share(**shares: float) -> None:
+    """ValueError that names the setting where a probability or share is none."""
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}: give a share between 0 and 1")
+
+
+def _checked_interpolation(name: str) -> str:
+    if name not in (*INTERPOLATIONS, "random"):
+        raise ValueError(f"interpolation is {name!r}: choose {', '.join(INTERPOLATIONS)}, or random for training")
+    return name
+
+
+@contextmanager
+def _naming(auto_augment: str | None) -> Iterator[None]:
+    """timm asserts what it finds in the configuration string; a user gets to read which setting it is."""
+    try:
+        yield
+    except (AssertionError, KeyError, ValueError) as error:
+        if not auto_augment:
+            raise
+        raise ValueError(
+            f"auto_augment is {auto_augment!r} ({error}): give a string of timm's such as rand-m9-mstd0.5-inc1, or null"
+        ) from error
 
 
 def _mend_posterize(transform: object) -> None:

@@ -46,6 +46,7 @@ def build_network(
         unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unexpected is None:
             raise
-        raise ValueError(
-            f"{name} takes no option {unexpected.group(1)!r}: remove it from the model's settings"
-        ) from error
+        option = unexpected.group(1)
+        near = difflib.get_close_matches(option, inspect.signature(HorNet).parameters, n=1)
+        mend = f"did you mean {near[0]!r}?" if near else "remove it from the model's settings"
+        raise ValueError(f"{name} takes no option {option!r}: {mend}") from error

@@ -81,6 +81,7 @@ class HorNet(nn.Module):
         base_dim: C of the first stage; doubled at each next one.
         mixers: one factory per stage, see `Block`.
         mlp_ratio, ls_init_value: see `Block`.
+        init_std: standard deviation of the initial weights (0.02 as published), or None for 1 / sqrt(fan-in).
         head_init_scale: factor on the classifier's initial weights and bias.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth, rising linearly from 0 over all blocks to this rate at the last.
@@ -103,6 +104,7 @@ class HorNet(nn.Module):
         base_dim: int = 64,
         mlp_ratio: float = 4.0,
         ls_init_value: float | None = 1e-6,
+        init_std: float | None = 0.02,
         head_init_scale: float = 1.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -141,13 +143,13 @@ class HorNet(nn.Module):
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
-        self.init_weights(head_init_scale)
+        self.init_weights(init_std, head_init_scale)
 
-    def init_weights(self, head_init_scale: float = 1.0) -> None:
-        """Truncated normal (std 0.02) for convolutions and linear layers, zero biases, scaled head (published init)."""
+    def init_weights(self, init_std: float | None = 0.02, head_init_scale: float = 1.0) -> None:
+        """Truncated normal weights for convolutions and linear layers, zero biases, scaled head (published init)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
+                trunc_normal_(module.weight, std=init_std or module.weight[0].numel() ** -0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         if isinstance(self.head, nn.Linear):

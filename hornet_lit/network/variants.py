@@ -135,8 +135,9 @@ def hornet_large_gf_img384(pretrained: bool = False, **kwargs: Any) -> HorNet:
 
 def _small(name: str, pretrained: bool, kwargs: dict[str, Any], kind: str = "7x7", **defaults: Any) -> HorNet:
     kernel_size = kwargs.pop("kernel_size", 7)
-    # The published LayerScale init of 1e-6 is for 300 epochs; in the few epochs these are for it only delays the start.
-    own = {"mixers": _mixers(kind, kernel_size), "img_size": 32, "ls_init_value": 0.5}
+    # The published initial values (weights of std 0.02, LayerScale 1e-6) are for 300 epochs of wide networks: at 32
+    # channels they make each gate a product of near zeros, and the first epochs go into growing it.
+    own = {"mixers": _mixers(kind, kernel_size), "img_size": 32, "ls_init_value": 0.5, "init_std": None}
     return _create(name, pretrained, **(own | defaults | kwargs))
 
 

@@ -98,7 +98,10 @@ def load_weights(
         if keys
     ]
     if problems:
-        raise ValueError(f"{path} does not fit this network: " + "; ".join(problems))
+        raise ValueError(
+            f"{path} does not fit this network: name the one that it was trained with (--model.network)\n"
+            + "\n".join(problems)
+        )
     network.load_state_dict(state, strict=False)
     report.loaded = len(state)
     if verbose:
@@ -127,7 +130,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     if "://" in str(path):
         raise ValueError(f"{path} is a URL: download the file, check its sha256, and give its local path")
     if not Path(path).is_file():
-        raise ValueError(f"no weight file at {path}")
+        raise ValueError(f"no weight file at {path}: give yours as --model.weights FILE")
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)

@@ -80,7 +80,8 @@ class PredictionSheet(Callback):
 
     Two thirds are spread evenly over the set, one third are the mistakes made with most confidence; every mistake is
     marked in red and with a cross. From the last complete validation of a fit, or from validate or test, into
-    `trainer.log_dir`. With several processes, of the images that process 0 saw: its share is an even one.
+    `trainer.log_dir`. With several processes, of the images that process 0 saw: its share is an even one. Without a
+    logger it is drawn into `default_root_dir` where one was given; else there is a warning and no sheet.
 
     `validation_step` and `test_step` must return `{"logits": logits_BK}`; batches are `(x_BCHW, y_B)` with label −1 on
     padding; `trainer.datamodule.denormalise(x_BCHW)` gives uint8 pixels. Memory: 3 × `num_images` images in uint8.
@@ -103,11 +104,12 @@ class PredictionSheet(Callback):
         folder = trainer.log_dir or trainer.default_root_dir
         self._folder = None if trainer.fast_dev_run or stage == "predict" else Path(folder)
         self._collecting = self._complete = None
+        # Lightning puts the working directory for a default_root_dir that was not given: no place of ours to fill.
+        if self._folder is not None and not trainer.loggers and self._folder.resolve() == Path.cwd():
+            rank_zero_warn("no predictions.png: there is no run folder; give trainer.logger, or default_root_dir")
+            self._folder = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(trainer)
 
     def on_validation_batch_end(
@@ -121,16 +123,7 @@ class PredictionSheet(Callback):
     ) -> None:
         self._collect(trainer, outputs, batch, dataloader_idx)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._collect(trainer, outputs, batch, dataloader_idx)
+    on_test_start, on_test_batch_end = on_validation_start, on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, f"Validation images after epoch {trainer.current_epoch + 1}")

@@ -76,7 +76,7 @@ class PredictionWriter(BasePredictionWriter):
             raise ValueError(
                 "PredictionWriter needs the images' names: give trainer.predict a datamodule with predict_files"
             )
-        self._files, self._names = files, class_names_of(trainer)
+        self._files = files
         trainer.predict_loop.return_predictions = False
         output = Path(self.output)
         try:
@@ -93,6 +93,10 @@ class PredictionWriter(BasePredictionWriter):
         part = _part_path(output, trainer.global_rank)
         self._part = open(part, "w", encoding="ascii", newline="\n")  # noqa: SIM115 (open until on_predict_end)
         self._part.write(f"{self._token}\n")
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in on_predict_start: Lightning calls the module's own, which may settle the names, after the callbacks'.
+        self._names = class_names_of(trainer)
 
     def write_on_batch_end(
         self,

@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+# Imported within a test, Lightning would keep that test's stderr for its messages, and fail on them in all later ones.
+import hornet_lit.cli_lightning  # noqa: F401
 from hornet_lit.cli import main
 from hornet_lit.network.build import build_network
 

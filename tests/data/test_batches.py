@@ -64,6 +64,15 @@ def test_fit_sets_accumulation_and_counts_steps_as_the_trainer_does() -> None:
         assert data.steps_per_epoch == trainer.global_step
 
 
+def test_no_more_loader_processes_than_cores_or_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    data = DigitsDataModule(num_workers=10, batch_size=48, eval_batch_size=360)
+    data.setup("fit")
+    assert (data.train_dataloader().num_workers, data.val_dataloader().num_workers) == (3, 1)
+    data.num_workers = 0
+    assert data.train_dataloader().num_workers == 0
+
+
 def test_batch_sizes_that_cannot_be() -> None:
     def fit(accumulate: int = 1, **options: int) -> None:
         trainer = make_trainer(max_epochs=1, accumulate_grad_batches=accumulate)

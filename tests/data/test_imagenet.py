@@ -242,6 +242,8 @@ def test_missing_things_name_path_and_mend(root: Path, tmp_path: Path) -> None:
             module(options.pop("root", root), **options).setup(stage)
 
     error("data folder /.*elsewhere does not exist: set data.root", root=tmp_path / "elsewhere")
+    (tmp_path / "all.tar").write_bytes(b"")
+    error("all.tar is a file: set data.root to the folder", root=tmp_path / "all.tar")
     error("no test/ in .*data: put its class folders", stage="test", test_split="test")
     error("no training/ in .*name another split with data.train_split", train_split="training")
     error("dataset is 'torch/imagenet': leave it empty", dataset="torch/imagenet")
@@ -322,7 +324,7 @@ def test_classes_that_changed_since_the_checkpoint_stop_a_resume(root: Path, tmp
 def test_predict_needs_no_data_folder(root: Path, tmp_path: Path) -> None:
     data = module(tmp_path / "nowhere", predict_path=str(root / "val"))
     data.setup("predict")
-    assert data.class_names is None and data.predict_files[:3] == ["n01/0.JPEG", "n01/1.JPEG", "n02/0.JPEG"]
+    assert data.class_names is None and list(data.predict_files)[:3] == ["n01/0.JPEG", "n01/1.JPEG", "n02/0.JPEG"]
 
 
 # ---- small parts

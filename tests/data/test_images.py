@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from torchvision import transforms as tv
 
 from hornet_lit.data import CIFARDataModule, DigitsDataModule, ImageNetDataModule
 from hornet_lit.data.images import UnreadableImageError, read_image
+from hornet_lit.data.predict import find_images
 from hornet_lit.data.sampling import EvalSampler
-from hornet_lit.data.transforms import eval_transform, train_transform
+from hornet_lit.data.transforms import eval_transform, rand_augment, train_transform
 
 from .recorder import Recorder, make_trainer
 
@@ -52,6 +55,28 @@ def test_crop_pct_overrides_the_rule() -> None:
     assert torch.equal(crop, want(image))
     at_384 = eval_transform(img_size=384, crop_pct=0.9)(image)
     assert not torch.equal(at_384, eval_transform(img_size=384)(image))
+
+
+def test_settings_that_timm_would_only_assert_are_told() -> None:
+    for wrong in ("cubic", ""):
+        with pytest.raises(ValueError, match=r"interpolation is .*: choose bicubic, bilinear"):
+            eval_transform(img_size=32, interpolation=wrong)
+    for wrong in ("rnd-m9", "rand-q9"):
+        with pytest.raises(ValueError, match=f"auto_augment is '{wrong}'.* rand-m9-mstd0.5-inc1"):
+            train_transform(img_size=32, auto_augment=wrong, mean=IMAGENET["mean"])
+        with pytest.raises(ValueError, match=f"auto_augment is '{wrong}'.* rand-m9-mstd0.5-inc1"):
+            rand_augment(wrong, {})
+    for wrong in (dict(hflip=3.0), dict(reprob=-0.1)):
+        for kind in (ImageNetDataModule, CIFARDataModule):
+            with pytest.raises(ValueError, match="give a share between 0 and 1"):
+                kind(root="unused", **wrong)
+
+
+def test_random_interpolation_is_for_training_alone() -> None:
+    """ImageNetDataModule hands one setting to both transforms."""
+    image = picture(60, 40)
+    assert torch.equal(eval_transform(img_size=32, interpolation="random")(image), eval_transform(img_size=32)(image))
+    assert train_transform(img_size=32, interpolation="random", mean=IMAGENET["mean"])(image).shape == (3, 32, 32)
 
 
 def test_training_is_timms_published_pipeline() -> None:
@@ -188,7 +213,7 @@ def test_predict_gives_every_image_once_and_in_order(tmp_path: Path, make, worke
     data = make(predict_path=str(tmp_path), eval_batch_size=2)
     data.num_workers = workers
     indices = make_trainer().predict(Recorder(), datamodule=data)
-    assert data.predict_files == names
+    assert list(data.predict_files) == names
     assert torch.cat(indices).tolist() == [0, 1, 2, 3, 4]
     x_BCHW, _ = next(iter(data.predict_dataloader()))
     assert x_BCHW.shape == (2, data.in_chans, 32, 32) and x_BCHW.dtype == torch.uint8
@@ -216,13 +241,43 @@ def test_lists_and_single_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def files(path: object) -> tuple[list[str], int]:
         data = DigitsDataModule(predict_path=str(path))
         data.setup("predict")
-        return data.predict_files, sum(len(y_B) for _, y_B in data.predict_dataloader())
+        return list(data.predict_files), sum(len(y_B) for _, y_B in data.predict_dataloader())
 
     assert files(listing) == (["b/c.PNG", f"{tmp_path}/pictures/a.jpg", "b/c.PNG"], 3)
     monkeypatch.chdir(tmp_path / "pictures")
     (tmp_path / "elsewhere.txt").write_text("\n".join(names))
     assert files(tmp_path / "elsewhere.txt") == (names, 5)
     assert files("a.jpg") == (["a.jpg"], 1)
+
+
+def test_a_list_of_many_images_takes_little_memory(tmp_path: Path) -> None:
+    """Names and paths of a million images as objects would be half a gigabyte, in every loader process."""
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "list.txt").write_text("a.png\n" * 100_000)
+    tracemalloc.start()
+    try:
+        kept = find_images(str(tmp_path / "list.txt"))
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [len(part) for part in kept] == [100_000] * 2
+    text = len("a.png") + len(str(tmp_path / "a.png"))
+    assert size < 100_000 * (text + 2 * 8) * 1.1  # the text and where each string ends
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """os.walk leaves it out, and with it its images, without a word."""
+    write_pictures(tmp_path)
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) == "deep":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="deep"):
+        find_images(str(tmp_path))
 
 
 def test_nothing_to_predict_is_said(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_digits_saved_and_predicted_are_the_held_out_ones(tmp_path: Path) -> Non
     data = DigitsDataModule(predict_path=str(tmp_path), eval_batch_size=5)
     data.setup("predict")
     data.setup("validate")
-    assert data.predict_files == [path.name for path in paths]
+    assert list(data.predict_files) == [path.name for path in paths]
     x_BCHW = torch.cat([x for x, _ in data.predict_dataloader()])
     assert torch.equal(x_BCHW, data.val_set.x_NCHW[:12])  # type: ignore[union-attr]
     assert torch.cat([index for _, index in data.predict_dataloader()]).tolist() == list(range(12))
@@ -249,11 +249,16 @@ def test_cifar_mistakes_name_path_and_mend(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train/cat holds no images"):
         fit(tmp_path / "a")
     image.parent.rmdir()
-    with pytest.raises(ValueError, match=r"train: no class folder 'cat' \(1 of 10"):
+    with pytest.raises(ValueError, match=r"train: no images of class 'cat' \(1 of 10"):
         fit(tmp_path / "a")
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(ValueError, match=r"cannot read .*bad\.tar as a tar file"):
         fit(tmp_path / "bad.tar")
+    with tarfile.open(tmp_path / "one.tar", "w") as archive:
+        for split in ("train", "test"):
+            archive.add(tmp_path / "a" / split / "dog", f"{split}/dog")
+    with pytest.raises(ValueError, match=r"one\.tar, train/: no images of class 'airplane' \(9 of 10"):
+        fit(tmp_path / "one.tar")
     with tarfile.open(tmp_path / "big.tar", "w") as archive:
         member = tarfile.TarInfo("train/cat/huge.png")
         member.size = 5 * 2**20

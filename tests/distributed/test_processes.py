@@ -71,6 +71,11 @@ def test_weights_after_twenty_steps_agree_with_one_process(runs, name: str) -> N
     assert max((one[k] - start[k]).abs().max().item() for k in one) > 1e-3, "the training did not move"
 
 
+def test_ddp_and_fsdp_end_with_the_same_weights(runs) -> None:
+    ddp, fsdp = (weights(runs[name] / "whole" / "epoch=1.ckpt") for name in ("ddp", "fsdp"))
+    assert max((ddp[k] - fsdp[k]).abs().max().item() for k in ddp) <= 1e-6
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_resumed_training_is_the_uninterrupted_one(runs, name: str) -> None:
     assert scores(runs[name])["resume_difference"] == 0

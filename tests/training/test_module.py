@@ -145,6 +145,12 @@ def test_starting_weights_are_reported_and_must_fit_unless_trained(tmp_path, off
         trainer(tmp_path).validate(ImageClassifier(**NETWORK, weights=path), datamodule=TinyData())
 
 
+@pytest.mark.parametrize("setting", [{"lr": 0.0}, {"weight_decay": -1.0}, {"drop_path_rate": 2.0}, {"mix_prob": -0.1}])
+def test_settings_out_of_range_are_named(setting: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=rf"model\.{next(iter(setting))} is "):
+        ImageClassifier(**setting)
+
+
 def test_schedule_is_the_published_one() -> None:
     def published(step: int, total: int, warmup: int, peak: float, low: float) -> float:
         import math
@@ -205,8 +211,9 @@ def test_imports_run_one_way() -> None:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
-            if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-                names = [node.module]
+            if isinstance(node, ast.ImportFrom) and node.module:
+                assert node.level <= 1, f"{path.name} imports from outside its room by dots"
+                names = [node.module] if node.level == 0 else []
             elif isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             for name in names:

@@ -193,6 +193,15 @@ def test_validate_and_test_leave_a_sheet(tmp_path: Path, function: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.png"]
 
 
+def test_without_a_run_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's default_root_dir is then the working directory, which is not ours to fill."""
+    monkeypatch.chdir(tmp_path)
+    trainer = quiet_trainer(callbacks=[PredictionSheet(num_images=4)])
+    with pytest.warns(UserWarning, match=r"no predictions\.png: there is no run folder"):
+        trainer.validate(TinyModule(), datamodule=TinyData(count=9), verbose=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_missing_is_a_warning(tmp_path: Path) -> None:
     class NoLogits(TinyModule):
         def validation_step(self, batch, batch_idx):

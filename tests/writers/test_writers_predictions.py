@@ -84,6 +84,17 @@ def test_fewer_classes_than_top_k_and_names_from_the_checkpoint(tmp_path: Path) 
     assert {row["name_1"] for row in rows} <= {"cat", "dog"}
 
 
+def test_names_that_the_module_settles_as_prediction_starts(tmp_path: Path) -> None:
+    """Lightning calls the callbacks' on_predict_start first."""
+
+    class Late(TinyModule):
+        def on_predict_start(self) -> None:
+            self.class_names = ["late " + name for name in "abcdefg"]
+
+    run_predict(TinyData(count=3), Late(), output=tmp_path / "p.csv")
+    assert all(row["name_1"].startswith("late ") for row in read(tmp_path / "p.csv"))
+
+
 def test_equal_probabilities_come_in_class_order() -> None:
     probability_BK = torch.full((2, 1000), 1e-3)
     probability_BK[1, [700, 300]] = 2e-3
