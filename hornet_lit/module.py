@@ -104,8 +104,11 @@ class ImageClassifier(pl.LightningModule):
     def setup(self, stage: str) -> None:
         # Outside fit a checkpoint decides the classes: an evaluation set alone may lack some of them, and the
         # datamodule relabels it when it meets the checkpoint's list.
+        names = self._data_classes()
         if stage == "fit" or not self.trainer.ckpt_path:
-            self._take_classes(self._data_classes())
+            self._take_classes(names)
+        elif self.hparams["num_classes"] is None and names is not None:
+            self.hparams["num_classes"] = len(names)
 
     def _data_classes(self) -> list[str] | None:
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)

@@ -183,7 +183,7 @@ class ImageNetDataModule(ImageDataModule):
         elif validates:
             if self.val_fraction is not None:
                 warnings.warn(f"val_fraction has no effect, since {self.root} has a val split", stacklevel=2)
-            self._set_eval("validate", self._open(self.val_split))
+            self._set_eval("validate", self._open(self.val_split), complete=self.class_map is None)
         transform = train_transform(
             img_size=self.img_size,
             in_chans=self.in_chans,
@@ -197,10 +197,11 @@ class ImageNetDataModule(ImageDataModule):
         )
         self.train_set = KeyedImages(train, transform, seed=self.seed)
 
-    def _set_eval(self, stage: str, images: LabelledImages) -> None:
+    def _set_eval(self, stage: str, images: LabelledImages, *, complete: bool = False) -> None:
         assert self.class_names is not None
         if images.classes != self.class_names:
-            images = images.relabel(self.class_names, leave_out_others=self.class_map is not None)
+            left_out = self.class_map is not None
+            images = images.relabel(self.class_names, leave_out_others=left_out, complete=complete)
         data = KeyedImages(images, self.predict_transform())
         if stage == "validate":
             self.val_set = data

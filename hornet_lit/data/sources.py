@@ -60,11 +60,14 @@ class LabelledImages:
         part.place_N, part.label_N = self.place_N[index_M], self.label_N[index_M]
         return part
 
-    def relabel(self, class_names: list[str], *, leave_out_others: bool = False) -> LabelledImages:
+    def relabel(
+        self, class_names: list[str], *, leave_out_others: bool = False, complete: bool = False
+    ) -> LabelledImages:
         """The same images with labels that are places in `class_names`.
 
         Raises:
-            ValueError: a class is not in `class_names`, unless `leave_out_others`: then its images are left out.
+            ValueError: a class is not in `class_names`, unless `leave_out_others`: then its images are left out; or
+                one of `class_names` has no images, if `complete`: else that is a warning.
         """
         new_label = {name: label for label, name in enumerate(class_names)}
         table = np.array([new_label.get(name, -1) for name in self.classes], dtype=np.int64)
@@ -76,11 +79,13 @@ class LabelledImages:
             )
         missing = set(class_names) - set(self.classes)
         if missing:
-            warnings.warn(
+            message = (
                 f"{self.where} has no images of {len(missing)} of the {len(class_names)} classes, such as "
-                f"{min(missing)!r}",
-                stacklevel=2,
+                f"{min(missing)!r}"
             )
+            if complete:
+                raise ValueError(f"{message}: add some, or give the training classes as data.class_map to go without")
+            warnings.warn(message, stacklevel=2)
         part = self.take(np.flatnonzero(table[self.label_N] >= 0))
         part.label_N, part.classes = table[part.label_N], list(class_names)
         return part

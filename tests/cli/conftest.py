@@ -26,6 +26,7 @@ ON_CPU = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.e
 SHORT = [
     *ON_CPU,
     *("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"),
+    *("--trainer.check_val_every_n_epoch", "1"),
     *("--trainer.enable_model_summary", "false", "--trainer.log_every_n_steps", "1", "--model.warmup_epochs", "0"),
 ]  # two steps and a validation, where nothing accumulates
 

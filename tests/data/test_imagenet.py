@@ -205,11 +205,14 @@ def test_hugging_face_data_through_timms_reader(root: Path, monkeypatch: pytest.
 # ---- class lists and splits
 
 
-def test_labels_follow_the_training_classes(root: Path) -> None:
+def test_labels_follow_the_training_classes(root: Path, tmp_path: Path) -> None:
     for path in (root / "val/n01").iterdir():
         path.unlink()
     (root / "val/n01").rmdir()  # torchvision and timm would now call n02 class 0
-    data = module(root)
+    with pytest.raises(ValueError, match=r"val has no images of 1 of the 3 classes, such as 'n01': add some, or give"):
+        module(root).setup("fit")
+    (tmp_path / "map.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    data = module(root, class_map=str(tmp_path / "map.txt"))
     with pytest.warns(UserWarning, match="val has no images of 1 of the 3 classes, such as 'n01'"):
         data.setup("fit")
     assert [label for _, label in contents(data.val_set)] == [1, 1, 2, 2]
@@ -310,13 +313,13 @@ def test_evaluation_without_the_training_set_takes_the_checkpoints_classes(root:
         make_trainer().validate(Recorder(), datamodule=module(root), ckpt_path=tmp_path / "it.ckpt", verbose=False)
 
 
-@pytest.mark.filterwarnings("ignore:.*has no images of 1 of the 4")
 def test_classes_that_changed_since_the_checkpoint_stop_a_resume(root: Path, tmp_path: Path) -> None:
     trainer = make_trainer(max_epochs=1)
     trainer.fit(Recorder(), datamodule=module(root))
     trainer.save_checkpoint(tmp_path / "it.ckpt")
-    write_split(root / "train2", classes=CLASSES[:1])
-    (root / "train2/n01").rename(root / "train/n005")
+    for split in ("train", "val"):
+        write_split(root / f"{split}2", classes=CLASSES[:1])
+        (root / f"{split}2/n01").rename(root / split / "n005")
     with pytest.raises(ValueError, match="on 3 classes, the data has 4; they first differ in class 0: n01 in the"):
         make_trainer(max_epochs=2).fit(Recorder(), datamodule=module(root), ckpt_path=tmp_path / "it.ckpt")
 
