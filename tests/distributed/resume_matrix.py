@@ -1,7 +1,7 @@
 """Kill a training with SIGKILL at awkward steps, resume it, and compare with the run that nobody killed.
 
     python -m tests.distributed.resume_matrix            # the whole matrix, as a Markdown table
-    python -m tests.distributed.resume_matrix --fast     # what the ordinary tests run
+    python -m tests.distributed.resume_matrix --fast     # two of its trainings
 
 Everything random is on: augmentation, mixup and CutMix, stochastic depth, EMA, best-k checkpoints. Each run is a fresh
 process, forked from a server that has only imported the libraries.
@@ -192,7 +192,7 @@ def main() -> int:
 
 
 MODULE = "tests.distributed.resume_matrix"
-FAST: list[Cell] = [("single", 2, 2, "32-true"), ("FSDP2 2", 0, 1, "32-true")]
+FAST: list[Cell] = [("single", 2, 2, "32-true"), ("ddp 2", 0, 1, "32-true")]
 
 if __name__ == "__main__":
     sys.exit(main())

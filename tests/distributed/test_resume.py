@@ -1,4 +1,7 @@
-"""The fast part of the matrix of killed and resumed trainings; `make resume-matrix` runs the whole."""
+"""The fast part of the matrix of killed and resumed trainings; `make resume-matrix` runs the whole.
+
+Resuming under ddp and FSDP2 is in test_processes, with processes started afresh.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from tests.distributed import resume_matrix
     [
         (("single", 2, 2, "32-true"), "mid"),
         (("single", 0, 1, "bf16-mixed"), "last"),
-        (("FSDP2 2", 0, 1, "32-true"), "last+1"),
     ],
 )
 def test_a_killed_run_resumes_bit_for_bit(cell: resume_matrix.Cell, label: str, tmp_path) -> None:
