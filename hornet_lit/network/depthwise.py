@@ -65,7 +65,8 @@ def depthwise_weight_grad(
     library = native.library()
     if library is None or x_BCHW.dtype not in SYMBOLS or kernel_size not in KERNEL_SIZES or x_BCHW.device.type != "cpu":
         return _library_weight_grad(x_BCHW, grad_BCHW, kernel_size)
-    x_BHWC, grad_BHWC = (t.permute(0, 2, 3, 1).contiguous() for t in (x_BCHW, grad_BCHW))
+    # The kernel reads both as one type.
+    x_BHWC, grad_BHWC = (t.to(x_BCHW.dtype).permute(0, 2, 3, 1).contiguous() for t in (x_BCHW, grad_BCHW))
     b, h, w, c = x_BHWC.shape
     shares = min(torch.get_num_threads(), b)
     weight_SC1KK = torch.empty(shares, c, 1, kernel_size, kernel_size)

@@ -30,6 +30,13 @@ def test_weight_grad_matches_float64(shape, k, dtype, tolerance, layout) -> None
         assert (ours.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 
+def test_a_gradient_of_another_type_is_converted_and_not_misread() -> None:
+    x, grad = torch.randn(2, 16, 8, 8).bfloat16(), torch.randn(2, 16, 8, 8)
+    ours, _ = depthwise_weight_grad(x, grad, 7)
+    exact, _ = reference(x, grad, 7)
+    assert (ours.double() - exact).abs().max() <= 2e-2 * exact.abs().max()
+
+
 def test_the_kernel_is_what_runs_here_where_there_is_a_compiler() -> None:
     import shutil
 
