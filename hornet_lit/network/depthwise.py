@@ -62,11 +62,11 @@ def depthwise_weight_grad(
 
     Runs the C++ kernel where it is built in for this type and size and could be compiled; else the library's.
     """
+    grad_BCHW = grad_BCHW.to(x_BCHW.dtype)  # both kernels read the two as one type
     library = native.library()
     if library is None or x_BCHW.dtype not in SYMBOLS or kernel_size not in KERNEL_SIZES or x_BCHW.device.type != "cpu":
         return _library_weight_grad(x_BCHW, grad_BCHW, kernel_size)
-    # The kernel reads both as one type.
-    x_BHWC, grad_BHWC = (t.to(x_BCHW.dtype).permute(0, 2, 3, 1).contiguous() for t in (x_BCHW, grad_BCHW))
+    x_BHWC, grad_BHWC = (t.permute(0, 2, 3, 1).contiguous() for t in (x_BCHW, grad_BCHW))
     b, h, w, c = x_BHWC.shape
     shares = min(torch.get_num_threads(), b)
     weight_SC1KK = torch.empty(shares, c, 1, kernel_size, kernel_size)
