@@ -1,6 +1,6 @@
 """Trainings whose results are stored in tests/golden/ and must come out again after every later change.
 
-    python -m tests.training.stored --write    # only for a new version's checkpoint, or after a change of the numbers meant
+    python -m tests.training.stored --write    # for a new version, or where a change of the numbers is meant
 
 - curve_tiny_gf.csv: loss and gradient norm of 100 optimizer steps of hornet_tiny_gf on the digits, fp32, CPU.
 - checkpoints/VERSION.{yaml,ckpt,csv}: a recipe, a checkpoint that this version wrote in the middle of its second epoch,
