@@ -6,34 +6,30 @@ Shapes: B batch, C channels, H height, W width, K classes. A label of -1 marks p
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from timm.data import ImageNetInfo, Mixup
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
+from hornet_lit.averaging import AveragedModule
+from hornet_lit.evaluation import Batch, EvaluatedModule, new_metrics
 from hornet_lit.network import load_weights
 from hornet_lit.network.build import build_network
 from hornet_lit.network.sharding import shard
-from hornet_lit.optim import Ema, WarmupCosine, build_optimizer, check_ranges
-
-Batch = tuple[torch.Tensor, torch.Tensor]
-PADDING = -1
+from hornet_lit.optim import WarmupCosine, build_optimizer, check_ranges
 
 
 class NonFiniteError(RuntimeError):
     """Training met a loss or gradient that is not finite."""
 
 
-class ImageClassifier(pl.LightningModule):
+class ImageClassifier(AveragedModule, EvaluatedModule):
     """Image classification as published for HorNet: AdamW, per-step warm-up and cosine, mixup/CutMix, EMA.
 
     Args:
@@ -54,6 +50,7 @@ class ImageClassifier(pl.LightningModule):
         mixup, cutmix: α of each; 0 switches it off.
         mix_prob: share of batches mixed. mix_switch_prob: of these, the share of CutMix.
         ema_decay: of the averaged weights, validated beside the raw ones; None keeps no average.
+        ema_start_epoch: when the average begins, as a copy of the weights; fractions allowed. Before, there is none.
         predict_weights: which weights `predict` uses; "auto" is EMA where there is one.
         compile: compile the network in place (state-dict names stay clean).
         channels_last: lay convolution weights and inputs out channels-last.
@@ -82,6 +79,7 @@ class ImageClassifier(pl.LightningModule):
         mix_prob: float = 1.0,
         mix_switch_prob: float = 0.5,
         ema_decay: float | None = None,
+        ema_start_epoch: float = 0.0,
         predict_weights: Literal["auto", "ema", "raw"] = "auto",
         compile: bool = False,
         channels_last: bool = True,
@@ -92,9 +90,6 @@ class ImageClassifier(pl.LightningModule):
         check_ranges(self.hparams)
         self.network: nn.Module | None = None
         self.class_names: list[str] | None = None
-        self.ema: Ema | None = None
-        self._ema_state: dict[str, torch.Tensor] | None = None
-        self._ema_decay: float | None = None
         self._mixup: Mixup | None = None
         self._loss = self._grad_norm = torch.tensor(0.0)
         self._batch_idx = 0
@@ -103,9 +98,9 @@ class ImageClassifier(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         # Outside fit a checkpoint decides the classes: an evaluation set alone may lack some of them, and the
-        # datamodule relabels it when it meets the checkpoint's list.
+        # datamodule relabels it when it meets the checkpoint's list. Whether there is one shows only after its loading.
         names = self._data_classes()
-        if stage == "fit" or not self.trainer.ckpt_path:
+        if stage == "fit":
             self._take_classes(names)
         elif self.hparams["num_classes"] is None and names is not None:
             self.hparams["num_classes"] = len(names)
@@ -151,27 +146,36 @@ class ImageClassifier(pl.LightningModule):
         if hparams["grad_checkpointing"]:
             self.network.set_grad_checkpointing(True)
         if self._device_mesh is not None:
-            shard(self.network, self._device_mesh["data_parallel"])
+            mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"
+            shard(self.network, self._device_mesh["data_parallel"], dtype=torch.bfloat16 if mixed else None)
         elif hparams["channels_last"]:
-            # FSDP2 refuses parameters that are not contiguous. Depth-wise weights lie the same way in both layouts.
+            # FSDP2 refuses parameters that are not contiguous. Depth-wise weights lie the same way in both layouts, and
+            # so do those of a single channel, whose strides would only pick another kernel than under FSDP2.
             for module in self.network.modules():
-                if isinstance(module, nn.Conv2d) and module.groups == 1:
+                if isinstance(module, nn.Conv2d) and module.groups == 1 < module.in_channels:
                     module.to(memory_format=torch.channels_last)
         if hparams["compile"]:
             self.network.compile()
-        self.metrics = nn.ModuleDict({s: self._new_metrics() for s in ("val", "val_ema", "test", "test_ema")})
+        self.metrics = new_metrics(hparams["num_classes"])
 
     def _load_initial_weights(self) -> None:
         path = self.hparams["weights"]
         if not path or (self._trainer is not None and self.trainer.ckpt_path):
             return
-        report = load_weights(self.network, path, verbose=False)
+        report = load_weights(self.network, path, class_names=self.class_names, verbose=False)
         rank_zero_info(str(report))
+        if report.initialised:
+            # Drawn with the source's seed, a new head starts as the source's once did, and ties its old classes to the
+            # new ones: a linear probe began at 6 % of 5 classes. From zero every class begins alike.
+            for p in self.network.get_classifier().parameters():
+                nn.init.zeros_(p)
         if report.initialised and self._trainer is not None and not self.trainer.training:
             raise ValueError(
-                f"{path} has no classifier for {self.hparams['num_classes']} classes: "
+                f"{path} has no classifier for these {self.hparams['num_classes']} classes: "
                 f"set --model.num_classes to its own number, or fine-tune it first"
             )
+        if self.class_names is None:
+            self.class_names = report.class_names
 
     @staticmethod
     def _check_classes(data: list[str] | None, trained: list[str] | None) -> None:
@@ -182,16 +186,6 @@ class ImageClassifier(pl.LightningModule):
                 f"the data's {len(data)} classes are not the {len(trained)} that the checkpoint was trained on "
                 f"({detail}): point --data at the same class list"
             )
-
-    def _new_metrics(self) -> nn.ModuleDict:
-        classes = self.hparams["num_classes"]
-        accuracy = {
-            f"acc{k}": MulticlassAccuracy(classes, top_k=k, average="micro", ignore_index=PADDING)
-            for k in (1, 5)
-            if k < max(classes, 2)
-        }
-        # float64: a running mean in float32 over ImageNet's validation set is off in the sixth digit.
-        return nn.ModuleDict({"loss": MeanMetric().set_dtype(torch.float64), **accuracy})
 
     def configure_optimizers(self) -> dict[str, Any]:
         hparams = self.hparams
@@ -209,6 +203,7 @@ class ImageClassifier(pl.LightningModule):
             warmup_steps=round(hparams["warmup_epochs"] * per_epoch),
             min_lr=hparams["min_lr"],
         )
+        self.plan_ema(steps_per_epoch=per_epoch, total_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _steps(self) -> tuple[int, float]:
@@ -254,11 +249,6 @@ class ImageClassifier(pl.LightningModule):
                 label_smoothing=hparams["label_smoothing"],
                 num_classes=hparams["num_classes"],
             )
-
-    def on_train_start(self) -> None:
-        self._ensure_ema()
-        if self.ema is None and self.hparams["ema_decay"] is not None:
-            self.ema = Ema(self.network, decay=self.hparams["ema_decay"])
 
     def on_train_epoch_start(self) -> None:
         if self.hparams["freeze_backbone"]:
@@ -317,11 +307,6 @@ class ImageClassifier(pl.LightningModule):
                 "model.warmup_epochs, or train in fp32"
             )
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        if self.ema is not None:
-            self.ema.update(self.network)
-
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.log("train/grad_norm", self._grad_norm, batch_size=len(batch[0]))
 
@@ -332,104 +317,55 @@ class ImageClassifier(pl.LightningModule):
     # ---------------------------------------------------------------- evaluation and prediction
 
     def on_validation_start(self) -> None:
+        if self.class_names is None:
+            self._take_classes(self._data_classes())
         self._check_classes(self._data_classes(), self.class_names)
-        self._ensure_ema()
+        self.ensure_ema()
 
     def on_test_start(self) -> None:
         self.on_validation_start()
 
     def on_predict_start(self) -> None:
-        self._ensure_ema()
+        if self.class_names is None:
+            self._take_classes(self._data_classes())
+        self.ensure_ema()
         if self.class_names is None and self.hparams["num_classes"] == 1000:
             # Published weights come without a class list; the order of the 1000 ImageNet classes is a convention.
             info = ImageNetInfo("imagenet-1k")
             self.class_names = [info.index_to_description(i) for i in range(1000)]
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
-        return self._evaluate("val", batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
-        return self._evaluate("test", batch)
-
-    def _evaluate(self, stage: str, batch: Batch) -> dict[str, torch.Tensor]:
-        """Score raw and, where there are any, averaged weights; gives the latter's logits (B, K) if there are."""
-        x_BCHW, y_B = batch
-        logits_BK = self(x_BCHW).float()
-        self._score(stage, "", logits_BK, y_B)
-        if self.ema is not None:
-            with self.ema.swapped(self.network):
-                logits_BK = self(x_BCHW).float()
-            self._score(stage, "_ema", logits_BK, y_B)
-        return {"logits": logits_BK}
-
-    def _score(self, stage: str, suffix: str, logits_BK: torch.Tensor, y_B: torch.Tensor) -> None:
-        metrics = self.metrics[stage + suffix]
-        loss_B = F.cross_entropy(logits_BK, y_B, ignore_index=PADDING, reduction="none")
-        for name, metric in metrics.items():
-            if name == "loss":
-                metric.update(loss_B[y_B != PADDING])
-            else:
-                metric.update(logits_BK, y_B)
-            self.log(
-                f"{stage}/{name}{suffix}",
-                metric,
-                on_step=False,
-                on_epoch=True,
-                batch_size=len(y_B),
-                prog_bar=name == "acc1",
-            )
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
-        """(x_BCHW, index_B) → {"index": index_B, "probability": softmax (B, K) in float32}."""
-        x_BCHW, index_B = batch
-        choice = self.hparams["predict_weights"]
-        if choice == "ema" and self.ema is None:
-            raise ValueError("the checkpoint has no averaged weights: set --model.predict_weights raw")
-        averaged = self.ema is not None and choice != "raw"
-        with self.ema.swapped(self.network) if averaged else nullcontext():
-            logits_BK = self(x_BCHW)
-        return {"index": index_B, "probability": logits_BK.float().softmax(dim=1)}
-
     # ---------------------------------------------------------------- checkpoints
-
-    def _ensure_ema(self) -> None:
-        """Take the averages of a loaded checkpoint in, once the parameters are where they will stay.
-
-        Sharded strategies restore late, so this is done at the start of each loop and not on loading.
-        """
-        if self._ema_state is None:
-            return
-        if self.ema is None:
-            self.ema = Ema(self.network, decay=self._ema_decay)
-        self.ema.load_state_dict(self.network, self._ema_state)
-        self._ema_state = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["class_names"] = self.class_names
         # The file the training once started from: its tensors are in this checkpoint, and it need not exist any more.
         checkpoint.get("hyper_parameters", {}).pop("weights", None)
-        if self.ema is not None:
-            checkpoint["ema"] = {"decay": self.ema.decay, "state_dict": self.ema.state_dict(self.network)}
+        _resume_with_validation(self.trainer, checkpoint)
+        super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         names = checkpoint.get("class_names")
         if self._trainer is not None and self.trainer.training:
             self._check_classes(self.class_names, names)
         self.class_names = self.class_names if names is None else names
-        saved = checkpoint.get("ema")
-        wanted = self.hparams["ema_decay"]
-        if self._trainer is not None and self.trainer.training:
-            if saved is None and wanted is not None:
-                raise ValueError(
-                    "cannot resume: model.ema_decay is set but the checkpoint has no averaged weights: "
-                    "set --model.ema_decay null, or start anew with --model.weights"
-                )
-            if saved is not None and wanted is None:
-                raise ValueError(
-                    "cannot resume: the checkpoint has averaged weights, which would be lost: "
-                    f"set --model.ema_decay {saved['decay']}, or start anew with --model.weights"
-                )
-        self._ema_state = None if saved is None else saved["state_dict"]
-        self._ema_decay = None if saved is None else saved["decay"]
-        if saved is None:
-            self.ema = None
+        super().on_load_checkpoint(checkpoint)
+
+
+def _resume_with_validation(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let a training that is saved after a step, before the validation that follows it, resume with that validation.
+
+    Lightning 2.6.6 would leave it out, and with it a row of metrics.csv and maybe the best checkpoint. It does repeat a
+    validation that was interrupted, so its counters are saved as they stand in the first batch of one.
+    """
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    done = loop.batch_progress.current
+    if not trainer.training or fetcher is None or done.completed == done.processed:
+        return
+    if getattr(trainer, "_val_check_time_interval", None) is not None or not loop._should_check_val_fx(fetcher):
+        return
+    loops = checkpoint["loops"]["fit_loop"]
+    for counters in ("total", "current"):
+        loops["epoch_loop.batch_progress"][counters]["completed"] += 1
+        first_batch = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        loops["epoch_loop.val_loop.batch_progress"][counters] = first_batch
+    loops["epoch_loop.val_loop.batch_progress"]["is_last_batch"] = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -19,7 +20,7 @@ def check_ranges(hparams: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the setting, its value and its range.
     """
-    for name in ("lr", "min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix"):
+    for name in ("lr", "min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "ema_start_epoch"):
         if hparams[name] < 0 or (name == "lr" and hparams[name] == 0):
             raise ValueError(
                 f"model.{name} is {hparams[name]}: it must be {'positive' if name == 'lr' else 'at least 0'}"
@@ -53,7 +54,7 @@ def build_optimizer(
         raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}; null switches it off")
     if not any(p.requires_grad for p in network.parameters()):
         raise ValueError("no parameter requires a gradient: nothing to train")
-    return create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         network,
         opt="adamw",
         lr=lr,
@@ -63,6 +64,18 @@ def build_optimizer(
         eps=eps,
         fused=fused,
     )
+    optimizer.register_load_state_dict_post_hook(_lay_out_like_parameters)
+    return optimizer
+
+
+def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Copies moments that were saved in another memory format than the parameters have now (FSDP2's are contiguous, one
+    device's channels-last): the fused AdamW walks both in memory order and paired the wrong elements (measured)."""
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            same = isinstance(value, torch.Tensor) and value.shape == p.shape and not isinstance(p, DTensor)
+            if same and value.stride() != p.stride():
+                state[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 class WarmupCosine(CosineLRScheduler):
@@ -123,12 +136,17 @@ class Ema:
     @contextmanager
     def swapped(self, network: nn.Module) -> Iterator[None]:
         """Within the context the network computes with the averages; the raw parameters come back also on errors."""
-        backup = {name: _local(p).detach().clone() for name, p in network.named_parameters()}
-        self._write(network, self._averages)
+        # Bound now: after an error in the middle of a sharded network some of its parameters are still gathered copies.
+        parameters = [_local(p).detach() for _, p in network.named_parameters()]
+        backup = [p.clone() for p in parameters]
+        _write(parameters, self._averages.values())
         try:
             yield
         finally:
-            self._write(network, backup)
+            _write(parameters, backup)
+            for module in network.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def state_dict(self, network: nn.Module) -> dict[str, torch.Tensor]:
         """Full (gathered) averages on the CPU, under the network's state-dict names, its buffers included.
@@ -152,11 +170,11 @@ class Ema:
             local = distribute_tensor(full, p.device_mesh, p.placements) if isinstance(p, DTensor) else full
             self._averages[name].copy_(_local(local))
 
-    @staticmethod
-    @torch.no_grad()
-    def _write(network: nn.Module, values: dict[str, torch.Tensor]) -> None:
-        for name, p in network.named_parameters():
-            _local(p).copy_(values[name])
+
+@torch.no_grad()
+def _write(parameters: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
+    for p, value in zip(parameters, values, strict=True):
+        p.copy_(value)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What all data modules share: batch arithmetic, loaders, exact resume, normalisation on the device, prediction.
 
-Shape letters: B batch, C channels, H height, W width.
+Shape letters: B batch, V views of an image, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -18,23 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from .batching import limited, optimizer_steps, split_batch, useful_workers
 from .predict import PredictImages, find_images
-from .sampling import EvalSampler, TrainSampler, pass_batch, seed_from
+from .sampling import EvalSampler, ResumableLoader, TrainSampler, pass_batch
 from .transforms import KeyedRandomErasing, Transform, check_share
+from .workers import outlive_signals
 
 Batch = tuple[Tensor, Tensor]
 BatchDataset = Dataset[Batch]  # with __len__ and __getitems__(keys) -> (uint8 x_BCHW, int64 y_B)
 
 _TRUE_PRECISION = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
-
-
-class _ResumableLoader(DataLoader[Batch]):
-    """Tells Lightning, which would warn otherwise, that resuming within an epoch is seen to: by the data module."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -52,12 +43,17 @@ class ImageDataModule(pl.LightningDataModule):
         mean, std: per channel, for pixels in 0–1.
         reprob: probability of random erasing per training image.
         remode: what is put there: "pixel", "rand" or "const".
+        views: what test and predict look at, and average the probabilities of: the "center", that and its mirror image
+            ("flip"), or where VIEWS has them centre and corners ("five_crop") and all their mirror images ("ten_crop").
 
     Attributes:
         class_names: in label order; None in `predict`, `validate` and `test` while only a checkpoint can tell.
         predict_files: names for predictions.csv, in order, after setup("predict").
         train_set, val_set, test_set: data sets, after setup.
+        scored_classes: after setup("test"), the labels whose logits are compared; None: all.
     """
+
+    VIEWS: ClassVar[tuple[str, ...]] = ("center", "flip")
 
     def __init__(
         self,
@@ -74,6 +70,7 @@ class ImageDataModule(pl.LightningDataModule):
         std: Sequence[float],
         reprob: float = 0.0,
         remode: str = "pixel",
+        views: str = "center",
     ) -> None:
         super().__init__()
         if in_chans not in (1, 3):
@@ -90,6 +87,8 @@ class ImageDataModule(pl.LightningDataModule):
             raise ValueError(f"remode is {remode!r}: choose pixel, rand or const")
         if remode != "pixel" and not reprob:
             warnings.warn(f"remode={remode!r} has no effect while reprob is 0", stacklevel=3)
+        if views not in self.VIEWS:
+            raise ValueError(f"views is {views!r}: {type(self).__name__} knows {', '.join(self.VIEWS)}")
         self.batch_size = batch_size
         self.batch_size_per_device = batch_size_per_device
         self.eval_batch_size = eval_batch_size
@@ -100,7 +99,9 @@ class ImageDataModule(pl.LightningDataModule):
         self.in_chans = in_chans
         self.mean = tuple(mean)
         self.std = tuple(std)
+        self.views = views
         self.class_names: list[str] | None = None
+        self.scored_classes: list[int] | None = None
         self.predict_files: Sequence[str] = []
         self.train_set: BatchDataset | None = None
         self.val_set: BatchDataset | None = None
@@ -128,6 +129,8 @@ class ImageDataModule(pl.LightningDataModule):
             ValueError: data missing or wrong, or a batch size that does not divide; each says what to change.
         """
         self._check_trainer()
+        if self.views != "center" and stage in ("fit", "validate"):
+            warnings.warn(f"data.views {self.views} has no effect in {stage}, only in test and predict", stacklevel=2)
         self.setup_data(stage)
         if stage == "fit":
             self._resume = (0, 0)
@@ -184,16 +187,14 @@ class ImageDataModule(pl.LightningDataModule):
     def _eval_loader(self, dataset: BatchDataset | None) -> DataLoader[Batch]:
         assert dataset is not None, "call setup(stage) first"
         world, rank = self._world()
-        return self._loader(
-            dataset,
-            EvalSampler(size=len(dataset), world=world, rank=rank),  # type: ignore[arg-type]
-            self.eval_batch_size,
-        )
+        size = len(dataset)  # type: ignore[arg-type]
+        sampler = EvalSampler(size=size, batch_size=self.eval_batch_size, world=world, rank=rank)
+        return self._loader(dataset, sampler, self.eval_batch_size)
 
     def _loader(self, dataset: BatchDataset, sampler: TrainSampler | EvalSampler, batch_size: int) -> DataLoader[Batch]:
         on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         workers = useful_workers(self.num_workers, batches=-(-len(sampler) // batch_size))
-        return _ResumableLoader(
+        return ResumableLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
@@ -201,6 +202,7 @@ class ImageDataModule(pl.LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=on_cuda,
             collate_fn=pass_batch,
+            worker_init_fn=outlive_signals,
             # Without its own generator every iterator draws its workers' seed from the main process's.
             generator=torch.Generator().manual_seed(self.seed),
         )
@@ -346,7 +348,10 @@ class ImageDataModule(pl.LightningDataModule):
     # ---- on the device
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """uint8 x_BCHW on the device → normalised float32 (or the type of a `*-true` precision); erased in training."""
+        """uint8 x_BCHW on the device → normalised float32 (or the type of a `*-true` precision); erased in training.
+
+        Where `views` asks for several, test and predict get x_BVCHW.
+        """
         x_BCHW, y_B = batch
         x_BCHW = self.normalise(x_BCHW)
         trainer = self.trainer
@@ -355,6 +360,9 @@ class ImageDataModule(pl.LightningDataModule):
             # Counters of this batch's epoch and place, which a resumed run has too (the running total it may not).
             place = loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
             x_BCHW = self._erase(x_BCHW, self.seed, *place, self._world()[1])
+        if self.views in ("flip", "ten_crop") and trainer is not None and (trainer.testing or trainer.predicting):
+            x_BVCHW = x_BCHW if x_BCHW.ndim == 5 else x_BCHW[:, None]
+            x_BCHW = torch.cat([x_BVCHW, x_BVCHW.flip(-1)], dim=1)  # here and not on the host: half to send
         # Lightning converts inputs before this hook, when they are still integers.
         dtype = None if trainer is None else _TRUE_PRECISION.get(str(trainer.precision))
         return (x_BCHW if dtype is None else x_BCHW.to(dtype)), y_B
@@ -373,10 +381,6 @@ class ImageDataModule(pl.LightningDataModule):
     @staticmethod
     def _channels(values: Sequence[float], like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
-
-    def epoch_seed(self, epoch: int) -> int:
-        """Seed of what is drawn once an epoch for the whole training set."""
-        return seed_from(self.seed, epoch)
 
 
 def _resume_at_epoch_end(trainer: pl.Trainer) -> None:

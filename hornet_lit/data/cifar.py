@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -57,6 +58,7 @@ class CIFARDataModule(ImageDataModule):
         cutout: side of the square that is filled with the mean colour, in pixels (0: none).
         reprob, remode: random erasing: probability per image, and "pixel", "rand" or "const".
         mean, std: of pixels in 0–1; None for the data set's own.
+        views: of an image, whose probabilities test and predict average: the "center", or also its mirror image.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class CIFARDataModule(ImageDataModule):
         remode: str = "pixel",
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
+        views: Literal["center", "flip"] = "center",
     ) -> None:
         if num_classes not in NAMES:
             raise ValueError(f"num_classes is {num_classes}: CIFAR has 10 or 100 (class_subset takes some of them)")
@@ -97,6 +100,7 @@ class CIFARDataModule(ImageDataModule):
             std=std or (CIFAR10_STD if num_classes == 10 else CIFAR100_STD),
             reprob=reprob,
             remode=remode,
+            views=views,
         )
         if not 0 <= padding < SIDE or not 0 <= cutout <= SIDE:
             raise ValueError(f"padding {padding} must lie in 0 … {SIDE - 1} and cutout {cutout} in 0 … {SIDE}")

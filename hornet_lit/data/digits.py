@@ -9,6 +9,7 @@ Shape letters: B batch, C channels, H height, W width, N images in the set.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ class DigitsDataModule(ImageDataModule):
         img_size: side of the enlarged images, in pixels.
         augment: rotate up to 10°, shift up to 8 % of the side and zoom up to 10 % while training.
         mean, std: of pixels in 0–1; the defaults are the training images' at 32 pixels.
+        views: of an image, whose probabilities test and predict average: the "center", or also its mirror image.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class DigitsDataModule(ImageDataModule):
         augment: bool = True,
         mean: tuple[float] = (0.305,),
         std: tuple[float] = (0.324,),
+        views: Literal["center", "flip"] = "center",
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -63,6 +66,7 @@ class DigitsDataModule(ImageDataModule):
             in_chans=1,
             mean=mean,
             std=std,
+            views=views,
         )
         self.augment = augment
         self.save_hyperparameters(logger=False)  # Lightning refuses names that the module has with other values

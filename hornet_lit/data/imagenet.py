@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .base import ImageDataModule
+from .evaluation_sets import EVALUATION_SETS, imagenet_classes, open_evaluation_set, scored_classes
 from .sampling import KeyedImages
 from .sources import (
     FolderImages,
@@ -62,7 +63,13 @@ class ImageNetDataModule(ImageDataModule):
         interpolation: of resizing, by timm's names.
         reprob, remode: random erasing: probability per image, and "pixel", "rand" or "const".
         mean, std: of pixels in 0–1; None for ImageNet's.
+        views: what test and predict look at, and average the probabilities of: the "center", that and its mirror image
+            ("flip"), centre and corners ("five_crop"), or these five and their mirror images ("ten_crop").
+        evaluation_set: for classifiers of ImageNet-1k's 1000 classes: the set that lies at `root` and that `test` reads
+            in the place of a split, so that dataset, test_split and class_map do not count; see `open_evaluation_set`.
     """
+
+    VIEWS = ("center", "flip", "five_crop", "ten_crop")
 
     def __init__(
         self,
@@ -93,6 +100,9 @@ class ImageNetDataModule(ImageDataModule):
         remode: str = "pixel",
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        views: Literal["center", "flip", "five_crop", "ten_crop"] = "center",
+        evaluation_set: Literal["imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_real"]
+        | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -107,11 +117,14 @@ class ImageNetDataModule(ImageDataModule):
             std=std or (_GREY_STD if in_chans == 1 else IMAGENET_DEFAULT_STD),
             reprob=reprob,
             remode=remode,
+            views=views,
         )
         if dataset and not dataset.startswith(("wds/", "hfds/")):
             raise ValueError(
                 f"dataset is {dataset!r}: leave it empty for folders and tar files, or give wds/ or hfds/NAME"
             )
+        if evaluation_set not in (None, *EVALUATION_SETS):
+            raise ValueError(f"evaluation_set is {evaluation_set!r}: choose {', '.join(EVALUATION_SETS)}")
         check_share(hflip=hflip)
         if val_fraction is not None and not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction is {val_fraction}: give a share between 0 and 1, such as 0.1")
@@ -129,14 +142,21 @@ class ImageNetDataModule(ImageDataModule):
         self.color_jitter = color_jitter
         self.auto_augment = auto_augment
         self.interpolation = interpolation
+        self.evaluation_set = evaluation_set
         self.save_hyperparameters(logger=False)  # Lightning refuses names that the module has with other values
         self._opened: dict[str, LabelledImages] = {}
         self._classes_are_evals = False  # until a checkpoint tells the class list that it was trained on
 
     def setup_data(self, stage: str) -> None:
+        if stage in ("fit", "validate") and self.evaluation_set is not None:
+            raise ValueError(f"evaluation_set {self.evaluation_set} is for `hornet-lit test`: leave it out of {stage}")
         if stage == "fit":
             if self.train_set is None:
                 self._setup_fit()
+            return
+        if stage == "test" and self.evaluation_set is not None:
+            self.class_names, self.scored_classes = imagenet_classes(), scored_classes(self.evaluation_set)
+            self._set_eval(stage, open_evaluation_set(self.evaluation_set, self.root, in_chans=self.in_chans))
             return
         if self.class_names is None:
             self.class_names = self._class_list()
@@ -148,6 +168,14 @@ class ImageNetDataModule(ImageDataModule):
             self._set_eval(stage, images)
 
     def match_classes(self, names: list[str] | None) -> None:
+        if self.test_set is not None and self.evaluation_set is not None and names not in (None, self.class_names):
+            mend = "test a classifier of ImageNet-1k"
+            if len(names) == len(self.class_names or ()):
+                mend += ", or, if it is one under other names, give the file as --model.weights"
+            raise ValueError(
+                f"{self.evaluation_set} needs ImageNet-1k's 1000 classes by their wnids, and the checkpoint was "
+                f"trained on {len(names)} others ({names[0]}, …): {mend}"
+            )
         if names is not None and self._classes_are_evals:
             # Evaluated without the training set at hand: the checkpoint knows the class list.
             self.class_names, self._classes_are_evals = list(names), False
@@ -157,8 +185,15 @@ class ImageNetDataModule(ImageDataModule):
         super().match_classes(names)
 
     def predict_transform(self) -> Transform:
+        return self._eval_transform(five_crops=self.views in ("five_crop", "ten_crop"))
+
+    def _eval_transform(self, *, five_crops: bool) -> Transform:
         return eval_transform(
-            img_size=self.img_size, in_chans=self.in_chans, crop_pct=self.crop_pct, interpolation=self.interpolation
+            img_size=self.img_size,
+            in_chans=self.in_chans,
+            crop_pct=self.crop_pct,
+            interpolation=self.interpolation,
+            five_crops=five_crops,
         )
 
     def _setup_fit(self) -> None:
@@ -202,11 +237,10 @@ class ImageNetDataModule(ImageDataModule):
         if images.classes != self.class_names:
             left_out = self.class_map is not None
             images = images.relabel(self.class_names, leave_out_others=left_out, complete=complete)
-        data = KeyedImages(images, self.predict_transform())
         if stage == "validate":
-            self.val_set = data
+            self.val_set = KeyedImages(images, self._eval_transform(five_crops=False))
         else:
-            self.test_set = data
+            self.test_set = KeyedImages(images, self.predict_transform())
 
     # ---- finding the images
 

@@ -3,7 +3,7 @@
 Workers, ranks and interruptions do not enter, so a resumed run sees the same images in the same order with the same
 augmentation. Samplers yield keys (epoch, index), because a worker process cannot be told the epoch in any other way.
 
-Shape letters: B batch, C channels, H height, W width, N images in the set.
+Shape letters: B batch, C channels, H height, W width, N images in the set, V views of an image, L labels of an image.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 Key = tuple[int, int]  # (epoch, index)
 PADDING = -1  # label, or index for predict, of a sample that only fills up the last batches of a rank
@@ -87,23 +87,35 @@ class TrainSampler(_KeySampler):
 
 
 class EvalSampler(_KeySampler):
-    """Keys 0, 1, 2, … of one rank, in order; all ranks get the same number, so that no collective call hangs.
+    """Keys 0, 1, 2, … in batches, every `world`-th of which is this rank's: the batches of a single process, dealt out.
 
-    Indices at or beyond `size` are padding: datasets answer them with their first image and the label -1.
+    Whole batches and not images, because the last bits of an image's logits may depend on the batch it stands in (a
+    matrix product with one row takes another kernel): dealt so, they do not depend on the number of ranks. All ranks
+    get equally many batches, so that no collective call hangs; those that lack a last one get as much padding as it
+    holds. Padding has the index `size`: datasets answer it with their first image and the label -1.
     """
 
-    def __init__(self, *, size: int, world: int = 1, rank: int = 0) -> None:
-        assert size > 0 and 0 <= rank < world
-        self.length = -(-size // world)
+    def __init__(self, *, size: int, batch_size: int, world: int = 1, rank: int = 0) -> None:
+        assert size > 0 and batch_size > 0 and 0 <= rank < world
+        self.size = size
+        self.batch_size = batch_size
         self.world = world
         self.rank = rank
+        self.batches = -(-size // batch_size)
 
     def __len__(self) -> int:
-        return self.length
+        return sum(map(len, self._dealt()))
 
     def __iter__(self) -> Iterator[Key]:  # type: ignore[override]
-        for place in range(self.length):
-            yield 0, place * self.world + self.rank
+        for indices in self._dealt():
+            for index in indices:
+                yield 0, min(index, self.size)
+
+    def _dealt(self) -> Iterator[range]:
+        last = self.size - (self.batches - 1) * self.batch_size  # images in the last batch
+        for number in range(self.rank, -(-self.batches // self.world) * self.world, self.world):
+            length = self.batch_size if number < self.batches - 1 else last
+            yield range(number * self.batch_size, number * self.batch_size + length)
 
 
 class ImageSource(Protocol):
@@ -111,8 +123,8 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """The decoded image and its label; ValueError naming the file when it cannot be read."""
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """The decoded image and its int64 label, or labels (L,); ValueError naming the file when it cannot be read."""
 
 
 class KeyedImages(Dataset[tuple[Tensor, Tensor]]):
@@ -120,7 +132,7 @@ class KeyedImages(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         source: decoded images and labels.
-        transform: PIL image → uint8 CHW; may draw from python's, numpy's and torch's global generators.
+        transform: PIL image → uint8 CHW, or VCHW; may draw from python's, numpy's and torch's global generators.
         seed: None for a deterministic transform, else those generators are seeded from (seed, epoch, index).
     """
 
@@ -134,7 +146,7 @@ class KeyedImages(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Key) -> tuple[Tensor, np.ndarray]:
         epoch, index = key
         is_padding = index >= len(self.source)
         image, label = self.source.read(0 if is_padding else index)
@@ -143,12 +155,22 @@ class KeyedImages(Dataset[tuple[Tensor, Tensor]]):
         else:
             with random_from(self.seed, epoch, index):
                 x_CHW = self.transform(image)
-        return x_CHW, PADDING if is_padding else label
+        return x_CHW, np.full_like(label, PADDING) if is_padding else label
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
         samples = [self[key] for key in keys]
         x_BCHW = torch.stack([x for x, _ in samples])
-        return x_BCHW, torch.tensor([y for _, y in samples], dtype=torch.int64)
+        return x_BCHW, torch.from_numpy(np.array([y for _, y in samples], dtype=np.int64))
+
+
+class ResumableLoader(DataLoader[tuple[Tensor, Tensor]]):
+    """Tells Lightning, which would warn otherwise, that resuming within an epoch is seen to: by the data module."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
 
 
 def pass_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -50,9 +50,9 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.place_N)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         name, file = self.file(int(self.place_N[index]))
-        return read_image(file, name=name, in_chans=self.in_chans), int(self.label_N[index])
+        return read_image(file, name=name, in_chans=self.in_chans), self.label_N[index]
 
     def take(self, index_M: np.ndarray) -> LabelledImages:
         """Some of the images."""

@@ -2,7 +2,7 @@
 
 Source: main training script and datasets.py of raoyongming/HorNet, reference recipe in hornet.md §3.
 
-Shape letters: B batch, C channels, H height, W width.
+Shape letters: B batch, V views of an image, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from timm.data import create_transform
 from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torchvision.transforms import Compose
+from torchvision.transforms.functional import five_crop
 
 from .sampling import random_from, seed_from
 
-Transform = Callable[[Image.Image], Tensor]  # PIL image → uint8 CHW
+Transform = Callable[[Image.Image], Tensor]  # PIL image → uint8 CHW, or VCHW
 
 COLOR_JITTER = 0.4
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
@@ -29,7 +31,12 @@ SQUASH_FROM = 384  # from this size on, evaluation resizes to the square and cro
 
 
 def eval_transform(
-    *, img_size: int, in_chans: int = 3, crop_pct: float | None = None, interpolation: str = "bicubic"
+    *,
+    img_size: int,
+    in_chans: int = 3,
+    crop_pct: float | None = None,
+    interpolation: str = "bicubic",
+    five_crops: bool = False,
 ) -> Transform:
     """Resize the short side to img_size / crop_pct and cut out the middle.
 
@@ -39,16 +46,22 @@ def eval_transform(
         crop_pct: share of the short side that stays; None for the published rule: 0.875 below 384, and at 384 or more a
             resize to the square (the aspect ratio is not kept) without a crop.
         interpolation: of the resize, by timm's names; "random", which is for training, gives bicubic.
+        five_crops: cut out the four corners as well.
 
     Returns:
-        A function from a PIL image to uint8 CHW.
+        A function from a PIL image to uint8 CHW; with `five_crops` to VCHW, the middle first.
 
     Raises:
-        ValueError: an interpolation that does not exist.
+        ValueError: an interpolation that does not exist, or five crops where nothing is cropped.
     """
     interpolation = _checked_interpolation(interpolation)
     squash = crop_pct is None and img_size >= SQUASH_FROM
-    return create_transform(
+    if squash and five_crops:
+        raise ValueError(
+            f"at {img_size} pixels the whole image is resized and nothing cropped, so there are no five crops: "
+            "set data.crop_pct, such as 0.875, or data.views flip"
+        )
+    transform = create_transform(
         input_size=(in_chans, img_size, img_size),
         is_training=False,
         use_prefetcher=True,  # timm's word for: leave it uint8
@@ -56,6 +69,22 @@ def eval_transform(
         crop_pct=1.0 if squash else (crop_pct or 0.875),
         crop_mode="squash" if squash else "center",
     )
+    if not five_crops:
+        return transform
+    resize, _, to_tensor = transform.transforms
+    return Compose([resize, _FiveCrops(img_size, to_tensor)])
+
+
+class _FiveCrops:
+    """The middle and the four corners of a PIL image, stacked: uint8 VCHW."""
+
+    def __init__(self, size: int, to_tensor: Transform) -> None:
+        self.size = size
+        self.to_tensor = to_tensor
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        *corners, middle = five_crop(image, [self.size, self.size])
+        return torch.stack([self.to_tensor(view) for view in (middle, *corners)])
 
 
 def train_transform(

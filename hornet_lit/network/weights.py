@@ -7,15 +7,17 @@ Lightning checkpoints of `hornet_lit.module`, flat state dicts. Names on our sid
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import re
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import nn
@@ -41,10 +43,12 @@ class WeightsReport:
     path: str
     format: str
     weights: str
+    class_names: list[str] | None = None  # that the file's classifier was trained on, where it says so
     loaded: int = 0
     renamed: int = 0
     resized: list[str] = field(default_factory=list)
     reheaded: list[str] = field(default_factory=list)
+    matched: list[str] = field(default_factory=list)
     initialised: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -54,7 +58,8 @@ class WeightsReport:
         for what, keys in (
             ("resized to this network", self.resized),
             ("IN-22k rows taken for the IN-1k classes", self.reheaded),
-            ("NOT in the file, newly initialised", self.initialised),
+            ("rows taken by the names of the classes", self.matched),
+            ("NOT in the file, or of other classes: newly initialised", self.initialised),
         ):
             if keys:
                 lines.append(f"  {what}: {_some(keys)}")
@@ -62,7 +67,12 @@ class WeightsReport:
 
 
 def load_weights(
-    network: nn.Module, path: str | Path, *, ema: bool | None = None, verbose: bool = True
+    network: nn.Module,
+    path: str | Path,
+    *,
+    ema: bool | None = None,
+    class_names: Sequence[str] | None = None,
+    verbose: bool = True,
 ) -> WeightsReport:
     """Load a weight file into ``network``, strictly, and say what was done.
 
@@ -74,6 +84,8 @@ def load_weights(
         network: `HorNet` or any module whose names the file has.
         path: a local file; see the module's docstring for formats.
         ema: take the averaged weights (True: they must be there; None: if they are there) or the raw ones (False).
+        class_names: of the network's classes. Where the file names its own (hornet-lit's do), the classifier's rows are
+            taken by name; if it lacks one of them, the head is left newly initialised.
         verbose: print the report.
 
     Returns:
@@ -84,7 +96,7 @@ def load_weights(
     """
     source, report = read_weights(path, ema=ema)
     target = network.state_dict()
-    state = _fit(source, target, report)
+    state = _fit(_match_classes(source, class_names, report), target, report)
     missing = [k for k in target if k not in state and k not in report.initialised]
     unexpected = [k for k in state if k not in target]
     wrong = [
@@ -112,13 +124,16 @@ def load_weights(
 def read_weights(path: str | Path, *, ema: bool | None = None) -> tuple[StateDict, WeightsReport]:
     """Read a weight file into a state dict with the authors' names (see `load_weights` for arguments and errors)."""
     contents = _read(path)
-    kind, name, state = _select(contents, ema, path)
+    kind, name, state = select(contents, ema, path)
     not_tensors = [k for k, v in state.items() if not isinstance(v, torch.Tensor)]
     if not_tensors or not state:
         raise ValueError(f"{path} holds no weights that hornet-lit knows: keys {_some(list(contents))}")
+    names = contents.get("class_names")
+    if not isinstance(names, list) or len(names) != len(set(map(str, names))):
+        names = None
     prefix = re.compile(r"^(?:module\.|_orig_mod\.)+")
     state = {prefix.sub("", k): v for k, v in state.items()}
-    report = WeightsReport(path=str(path), format=kind, weights=name)
+    report = WeightsReport(path=str(path), format=kind, weights=name, class_names=names)
     if kind == "mmpretrain":
         renamed = {k: _rename(k) for k in state}
         report.renamed = sum(k != new for k, new in renamed.items())
@@ -129,11 +144,15 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> tuple[StateDic
 def _read(path: str | Path) -> dict[str, Any]:
     if "://" in str(path):
         raise ValueError(f"{path} is a URL: download the file, check its sha256, and give its local path")
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: `hornet-lit convert` makes one file of a sharded checkpoint")
     if not Path(path).is_file():
         raise ValueError(f"no weight file at {path}: give yours as --model.weights FILE")
     try:
         if Path(path).suffix == ".safetensors":
-            return load_file(path)
+            with safe_open(path, "pt") as file:
+                names = (file.metadata() or {}).get("class_names", "null")
+            return {"state_dict": load_file(path), "class_names": json.loads(names)}
         # The authors' files keep their training options in a Namespace; nothing else but tensors and primitives.
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -153,8 +172,8 @@ def _read(path: str | Path) -> dict[str, Any]:
     return contents
 
 
-def _select(contents: dict[str, Any], ema: bool | None, path: str | Path) -> tuple[str, str, StateDict]:
-    """Find (format, "EMA" or "raw", state dict) in a file's contents."""
+def select(contents: dict[str, Any], ema: bool | None, path: str | Path) -> tuple[str, str, StateDict]:
+    """Find (format, "EMA" or "raw", state dict) in what the file at ``path`` holds; ``ema`` as in `load_weights`."""
     if "pytorch-lightning_version" in contents:
         kind, averaged = "hornet-lit checkpoint", (contents.get("ema") or {}).get("state_dict")
         raw = {k.removeprefix("network."): v for k, v in contents["state_dict"].items() if k.startswith("network.")}
@@ -193,6 +212,25 @@ def _fit(source: StateDict, target: StateDict, report: WeightsReport) -> StateDi
         else:
             state[key] = value
     return state
+
+
+def _match_classes(source: StateDict, class_names: Sequence[str] | None, report: WeightsReport) -> StateDict:
+    """The classifier's rows in the order of ``class_names``; without the classifier if the file lacks one of them.
+
+    A head of as many but other classes would load without a word, and start a fine-tuning below chance (measured).
+    """
+    trained = report.class_names
+    if trained is None or class_names is None or trained == list(class_names):
+        return source
+    head = [k for k in source if k.startswith("head.") and source[k].shape[0] == len(trained)]
+    place = {name: i for i, name in enumerate(trained)}
+    if all(name in place for name in class_names):
+        report.matched = head
+        return source | {k: source[k][[place[name] for name in class_names]] for k in head}
+    if len(trained) == IN22K_CLASSES and len(class_names) == IN1K_CLASSES:
+        return source  # whose rows are known by their numbers
+    report.initialised += head
+    return {k: v for k, v in source.items() if k not in head}
 
 
 def in1k_rows() -> torch.Tensor:

@@ -103,7 +103,7 @@ def draw_curves(*, metrics: Path, picture: Path) -> bool:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, framealpha=0.85)
-    _save(figure, picture)
+    save_picture(figure, picture)
     return True
 
 
@@ -140,7 +140,7 @@ def draw_sheet(
         y += math.ceil(len(images) / columns) * (cell + text) - 0.06
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
-    _save(figure, picture)
+    save_picture(figure, picture)
 
 
 def _draw_image(axes: "Axes", *, shown: Shown, left: float, top: float, class_names: Sequence[str] | None) -> None:
@@ -262,7 +262,7 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return (total[beyond] - total[first]) / (beyond - first)
 
 
-def _save(figure: "Figure", picture: Path) -> None:
+def save_picture(figure: "Figure", picture: Path) -> None:
     """Save in one move: who looks at a running job never sees half a picture."""
     picture.parent.mkdir(parents=True, exist_ok=True)
     temporary = picture.with_name(f"{picture.name}.tmp")

@@ -1,5 +1,6 @@
 """Class names, as the writers print them."""
 
+import re
 from collections.abc import Sequence
 
 from lightning.pytorch import Trainer
@@ -12,6 +13,16 @@ def class_names_of(trainer: Trainer) -> list[str] | None:
         if names is not None:
             return [str(name) for name in names]
     return None
+
+
+def in_words(class_names: Sequence[str]) -> list[str]:
+    """ImageNet's wnids (n01440764) in words (tench, Tinca tinca), and other names as they are."""
+    if not any(re.fullmatch(r"n\d{8}", name) for name in class_names):
+        return list(class_names)
+    from timm.data import ImageNetInfo  # reads its tables from files
+
+    words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
+    return [words.get(name, name) for name in class_names]
 
 
 def short_name(*, number: int, class_names: Sequence[str] | None, letters: int) -> str:

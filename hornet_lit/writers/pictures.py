@@ -65,7 +65,7 @@ class LearningCurves(Callback):
         logger = _csv_logger(trainer)
         if logger is None or not trainer.is_global_zero:
             return
-        with _only_a_warning("curves.png"):
+        with only_a_warning("curves.png"):
             logger.save()  # rows not yet written out; Lightning mostly has, other users of the logger need not have
             metrics = Path(logger.log_dir, "metrics.csv")
             drawn = metrics.is_file() and draw_curves(metrics=metrics, picture=metrics.with_name("curves.png"))
@@ -83,8 +83,9 @@ class PredictionSheet(Callback):
     `trainer.log_dir`. With several processes, of the images that process 0 saw: its share is an even one. Without a
     logger it is drawn into `default_root_dir` where one was given; else there is a warning and no sheet.
 
-    `validation_step` and `test_step` must return `{"logits": logits_BK}`; batches are `(x_BCHW, y_B)` with label −1 on
-    padding; `trainer.datamodule.denormalise(x_BCHW)` gives uint8 pixels. Memory: 3 × `num_images` images in uint8.
+    `validation_step` and `test_step` must return `{"logits": logits_BK}`, and `"label": label_B` where the batch's own
+    labels are sets; batches are `(x_BCHW, y_B)` with label −1 on padding, or x_BVCHW, of whose V views the first is
+    drawn; `trainer.datamodule.denormalise(x_BCHW)` gives uint8 pixels. Memory: 3 × `num_images` images in uint8.
 
     Args:
         num_images: most images on the sheet, at least 1; 48 make six full rows.
@@ -152,8 +153,13 @@ class PredictionSheet(Callback):
             )
             self._collecting = self._folder = None
             return
-        x_BCHW, y_B = batch
-        self._collecting.add(x_BCHW=x_BCHW, y_B=y_B, logits_BK=outputs["logits"], denormalise=denormalise)
+        x, y = batch
+        self._collecting.add(
+            x_BCHW=x[:, 0] if x.ndim == 5 else x,
+            y_B=outputs.get("label", y),
+            logits_BK=outputs["logits"],
+            denormalise=denormalise,
+        )
 
     def _finish(self, trainer: Trainer, title: str) -> None:
         if self._collecting is None:
@@ -167,7 +173,7 @@ class PredictionSheet(Callback):
         sheet, self._complete = self._complete, None
         if sheet is None or self._folder is None or sheet.seen == 0:
             return
-        with _only_a_warning("predictions.png"):
+        with only_a_warning("predictions.png"):
             picture = self._folder / "predictions.png"
             share = f" (the share of process 0 of {trainer.world_size})" if trainer.world_size > 1 else ""
             title = f"{self._title}: {sheet.right} of {sheet.seen} right, {100 * sheet.right / sheet.seen:.1f} %{share}"
@@ -258,7 +264,7 @@ def _csv_logger(trainer: Trainer) -> CSVLogger | None:
 
 
 @contextmanager
-def _only_a_warning(picture: str) -> Iterator[None]:
+def only_a_warning(picture: str) -> Iterator[None]:
     """Whatever goes wrong with a picture is worth a line, and never the run that it pictures."""
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from pathlib import Path
@@ -100,6 +101,33 @@ def test_another_head_is_left_and_said(official_file) -> None:
     before = network.head.weight.clone()
     report = load_weights(network, official_file(timm.create_model(SEVEN)))
     assert report.initialised == ["head.weight", "head.bias"] and "newly initialised: head.weight" in str(report)
+    torch.testing.assert_close(network.head.weight, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_the_head_goes_by_the_names_of_the_classes(suffix: str, tmp_path: Path) -> None:
+    """A head of as many but other classes would fit, and be wrong."""
+    state, path = filled_by_rule(timm.create_model(SEVEN, num_classes=3)), tmp_path / f"three{suffix}"
+    names = ["cat", "dog", "ant"]
+    if suffix == ".ckpt":
+        torch.save({"state_dict": state, "class_names": names}, path)
+    else:
+        save_file(state, path, metadata={"class_names": json.dumps(names)})
+
+    network = timm.create_model(SEVEN, num_classes=3)
+    assert load_weights(network, path).class_names == names
+    torch.testing.assert_close(network.head.weight, state["head.weight"], rtol=0, atol=0)
+    report = load_weights(network, path, class_names=["ant", "cat", "dog"])
+    assert sorted(report.matched) == ["head.bias", "head.weight"] and not report.initialised
+    torch.testing.assert_close(network.head.weight, state["head.weight"][[2, 0, 1]], rtol=0, atol=0)
+    two = timm.create_model(SEVEN, num_classes=2)
+    load_weights(two, path, class_names=["dog", "ant"])
+    torch.testing.assert_close(two.head.bias, state["head.bias"][[1, 2]], rtol=0, atol=0)
+
+    network = timm.create_model(SEVEN, num_classes=3)
+    before = network.head.weight.clone()
+    report = load_weights(network, path, class_names=["cat", "dog", "bee"])
+    assert sorted(report.initialised) == ["head.bias", "head.weight"] and "newly initialised: head." in str(report)
     torch.testing.assert_close(network.head.weight, before, rtol=0, atol=0)
 
 

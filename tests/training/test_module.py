@@ -139,9 +139,12 @@ def test_starting_weights_are_reported_and_must_fit_unless_trained(tmp_path, off
     source = ImageClassifier(**NETWORK, num_classes=5)
     source.configure_model()
     path = str(official_file(source.network))
-    module = ImageClassifier(**NETWORK, weights=path)
+    module = ImageClassifier(**NETWORK, weights=path, num_classes=3)
+    module.configure_model()
+    assert not module.network.head.weight.any() and not module.network.head.bias.any(), "every class begins alike"
     trainer(tmp_path, max_epochs=1).fit(module, datamodule=TinyData())
-    with pytest.raises(ValueError, match="has no classifier for 3 classes"):
+    assert module.network.head.weight.any()
+    with pytest.raises(ValueError, match="has no classifier for these 3 classes"):
         trainer(tmp_path).validate(ImageClassifier(**NETWORK, weights=path), datamodule=TinyData())
 
 
@@ -197,9 +200,12 @@ ALLOWED = {
     "data": {"data"},
     "writers": {"writers"},
     "optim": {"optim"},
-    "strategy": {"strategy"},
+    "sharded": {"sharded"},
+    "strategy": {"strategy", "sharded"},
     "recipes": {"recipes"},
-    "module": {"module", "network", "optim"},
+    "evaluation": {"evaluation", "optim"},
+    "averaging": {"averaging", "optim"},
+    "module": {"module", "network", "optim", "evaluation", "averaging"},
 }
 
 

@@ -94,7 +94,7 @@ class TinyModule(LightningModule):
         return {"logits": logits_BK}
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        return {"logits": self.logits(batch[0])}
+        return {"logits": self.logits(batch[0]), "label": batch[1]}
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         # one row at a time: a matrix product may round differently for another batch size
