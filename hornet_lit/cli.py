@@ -4,7 +4,7 @@ Nothing here imports torch or lightning before a command needs them (they take s
 `recipes` answer at once. fit, validate, test and predict are `hornet_lit.cli_lightning`.
 
 Exit codes: 0 done; 2 the user's mistake, told in at most five lines; 1 anything else: a training that stopped at a loss
-that is not finite, which says so, and errors of ours, with their traceback.
+that is not finite, which says so, and errors of ours, with their traceback; 143 and 130 after a signal (cli_process).
 HORNET_LIT_DEBUG=1 shows the traceback of a user's mistake too.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hornet_lit import __version__, recipes
 from hornet_lit.cli_errors import UserError, shorten, unknown
+from hornet_lit.cli_process import SIGNAL_CODES, Process, end_python
 
 # Since torch 2.6 this variable turns every weights_only=True into False: a checkpoint could then run code.
 UNSAFE_LOAD = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -29,6 +30,7 @@ commands:
   validate  evaluate:  hornet-lit validate --ckpt_path FILE.ckpt
   test      evaluate:  hornet-lit test --ckpt_path FILE.ckpt
   predict   predict:   hornet-lit predict --ckpt_path FILE.ckpt --data.predict_path FOLDER
+  convert   one file of a sharded checkpoint, or weights alone: hornet-lit convert CHECKPOINT OUTPUT
   recipes   list the packaged recipes; `recipes show NAME`, `recipes copy NAME [FILE]`
 
 options:
@@ -42,7 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after `hornet-lit`; None takes them from sys.argv.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    code = _code_of(list(sys.argv[1:] if argv is None else argv))
+    if argv is None and code in SIGNAL_CODES:
+        end_python(code)
+    return code
+
+
+def _code_of(words: list[str]) -> int:
     try:
         _run(words)
     except UserError as error:
@@ -52,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prefix = "hornet-lit: error: " if rank == 0 else f"hornet-lit (local rank {rank}): error: "
         print(prefix + shorten(str(error)).replace("\n", "\n  "), file=sys.stderr)
         return error.exit_code
-    except SystemExit as error:  # argparse after --help; Lightning after a signal
+    except SystemExit as error:  # argparse after --help; cli_process after a signal
         if error.code is None or isinstance(error.code, int):
             return error.code or 0
         print(error.code, file=sys.stderr)
@@ -77,12 +85,25 @@ def _run(words: list[str]) -> None:
             raise unknown("command", command, COMMANDS, mend=f"commands: {', '.join(COMMANDS)}")
 
 
-def _lightning(command: str, words: list[str]) -> None:
+def _load_safely() -> None:
     if os.environ.pop(UNSAFE_LOAD, None):
         print(f"hornet-lit: {UNSAFE_LOAD} ignored: checkpoints are never unpickled", file=sys.stderr)
-    from hornet_lit.cli_lightning import run
 
-    run(command, words)
+
+def _lightning(command: str, words: list[str]) -> None:
+    _load_safely()
+    process = Process()
+    with process.signals():
+        from hornet_lit.cli_lightning import run
+
+        run(command, words, process=process)
+
+
+def _convert(_: str, words: list[str]) -> None:
+    _load_safely()
+    from hornet_lit import cli_convert
+
+    cli_convert.run(words)
 
 
 def _recipes(_: str, words: list[str]) -> None:
@@ -90,10 +111,10 @@ def _recipes(_: str, words: list[str]) -> None:
         case [] | ["list"]:
             print(recipes.listing())
         case ["show", name]:
-            print(resolve_recipe(name).path.read_text(encoding="utf-8"), end="")
+            print(resolve_file(name).path.read_text(encoding="utf-8"), end="")
         case ["copy", name, *destination] if len(destination) <= 1:
             try:
-                target = recipes.copy(resolve_recipe(name), Path(*destination))
+                target = recipes.copy(resolve_file(name), Path(*destination))
             except OSError as error:
                 raise UserError(f"{error.filename}: {error.strerror}") from error
             print(target)
@@ -115,7 +136,14 @@ def resolve_recipe(name: str) -> recipes.Recipe:
     raise UserError(f"no file and no recipe is called {name!r}\n{hint}`hornet-lit recipes` lists the recipes")
 
 
+def resolve_file(name: str) -> recipes.Recipe:
+    """The packaged recipe or job script called `name`; a UserError with the nearest names where there is none."""
+    scripts = {script.name: script for script in recipes.all_scripts()}
+    return scripts.get(name) or resolve_recipe(name)
+
+
 COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), _lightning),
+    "convert": _convert,
     "recipes": _recipes,
 }

@@ -10,7 +10,7 @@ Every read is torch.load(weights_only=True): a checkpoint never runs code. The s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,6 +19,7 @@ from zipfile import is_zipfile
 
 import torch
 
+from hornet_lit import sharded
 from hornet_lit.cli_errors import UserError
 from hornet_lit.cli_keys import options
 
@@ -43,32 +44,51 @@ def read_settings(path: Path) -> Settings:
     Raises:
         UserError: missing, unreadable, or not a checkpoint of hornet-lit.
     """
-    if not path.exists():
-        raise UserError(f"--ckpt_path {path}: no such file")
-    file = path / "meta.pt" if path.is_dir() else path  # a sharded checkpoint keeps everything but tensors there
-    if not file.is_file():
-        raise UserError(f"--ckpt_path {path} is a folder, not a checkpoint: name one of the files in its checkpoints/")
-    if not is_zipfile(file):
-        raise _unreadable(path, "not a file of torch.save, or cut short")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError as error:  # torch's own words advise to switch the protection off
-        raise _unreadable(path, "it holds other things than tensors and plain settings") from error
-    except Exception as error:  # torch raises RuntimeError, EOFError, …: none of them is readable
-        raise _unreadable(path, next(iter(str(error).splitlines()), "") or type(error).__name__) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("hyper_parameters"), dict):
-        raise UserError(
-            f"--ckpt_path {path} was not written by hornet-lit (it has no hyper_parameters)\n"
-            "give weights of others as --model.weights FILE, with --config RECIPE for the network"
-        )
+    checkpoint = read_checkpoint(path, name=f"--ckpt_path {path}")
     note = checkpoint.get(KEY)
     data = note.get("data") if isinstance(note, dict) else None
     return Settings(path=path, model=dict(checkpoint["hyper_parameters"]), data=_checked(data, path))
 
 
-def _unreadable(path: Path, reason: str) -> UserError:
+def read_checkpoint(path: Path, *, name: str) -> dict[str, Any]:
+    """Reads a checkpoint; of a sharded one (a folder) everything but its weights and optimizer states.
+
+    Args:
+        path: the file or folder.
+        name: of it in errors.
+
+    Raises:
+        UserError: missing, unreadable, not whole, or not a checkpoint of hornet-lit.
+    """
+    if not path.exists():
+        raise UserError(f"{name}: no such file")
+    file = path / sharded.META if path.is_dir() else path
+    if path.is_dir():
+        if not sharded.is_sharded(path):
+            raise UserError(f"{name} is a folder, not a checkpoint: name one of the files in its checkpoints/")
+        try:
+            sharded.check(path)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    if not is_zipfile(file):
+        raise _unreadable(name, "not a file of torch.save, or cut short")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:  # torch's own words advise to switch the protection off
+        raise _unreadable(name, "it holds other things than tensors and plain settings") from error
+    except Exception as error:  # torch raises RuntimeError, EOFError, …: none of them is readable
+        raise _unreadable(name, next(iter(str(error).splitlines()), "") or type(error).__name__) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("hyper_parameters"), dict):
+        raise UserError(
+            f"{name} was not written by hornet-lit (it has no hyper_parameters)\n"
+            "give weights of others as --model.weights FILE, with --config RECIPE for the network"
+        )
+    return checkpoint
+
+
+def _unreadable(name: str, reason: str) -> UserError:
     return UserError(
-        f"--ckpt_path {path} cannot be read: {reason[:200]}\n"
+        f"{name} cannot be read: {reason[:200]}\n"
         "it is damaged, or not written by hornet-lit: weights of others go with --model.weights FILE --config RECIPE"
     )
 
@@ -151,9 +171,47 @@ def resolve_path(text: str, *, runs: Path) -> Path:
     return _best(found[-1])
 
 
+def run_folder(logger: Any) -> Path:
+    """The folder of a run whose `trainer.logger` is fixed to it, as ModelCheckpoint makes it of the first logger.
+
+    Args:
+        logger: the setting: a mapping with class_path and init_args, a list of them, a bool or None.
+    """
+    first = logger[0] if isinstance(logger, list) and logger else logger
+    given = {} if first in (None, True, False, []) else first.get("init_args") or {}
+    save_dir, version = given.get("save_dir"), given.get("version")
+    if save_dir is None or version is None:
+        raise UserError(
+            "--ckpt_path auto needs a run folder that is the same at every start\n"
+            "add --trainer.logger.version NAME: with a recipe, the folder is runs/RECIPE/NAME"
+        )
+    return Path(save_dir, given.get("name") or "", version if isinstance(version, str) else f"version_{version}")
+
+
+def newest(folder: Path, *, say: Callable[[str], None]) -> Settings | None:
+    """The newest checkpoint of a run that can be read; None where the run has not written any.
+
+    Args:
+        folder: the run's.
+        say: gets a line for each newer one that cannot be read.
+
+    Raises:
+        UserError: there are checkpoints, and none can be read: beginning anew would overwrite what is left.
+    """
+    # After a kill between two renames a sharded one is whole under last.ckpt.writing or last.ckpt.previous alone.
+    found = sorted((folder / "checkpoints").glob("*.ckpt*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in found:
+        try:
+            return read_settings(path)
+        except UserError as error:
+            say(f"skipped: {str(error).splitlines()[0]}")
+    if found:
+        raise UserError(f"none of the {len(found)} checkpoints in {folder} can be read\nmove it away to begin anew")
+    return None
+
+
 def _best(last: Path) -> Path:
-    read_settings(last)  # says what is wrong with it, if anything is
-    callbacks = torch.load(last, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
+    callbacks = read_checkpoint(last, name=f"--ckpt_path {last}").get("callbacks", {})
     for state in callbacks.values():
         if isinstance(state, dict) and (best := state.get("best_model_path")):
             beside = last.parent / Path(best).name  # the run's folder may have moved since

@@ -78,6 +78,12 @@ def told(error: BaseException, *, constructing: bool) -> UserError | None:
         return error
     if type(error).__name__ == "NonFiniteError":
         return StoppedError(str(error))
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/transport" in str(error):
+        return StoppedError(
+            "another process of this run has gone, or the connection to it: see above for its own message\n"
+            f"({next(iter(str(error).splitlines()), '')[:200]})\n"
+            "once that is mended, the same command with --ckpt_path last goes on from the last checkpoint"
+        )
     text = _text_of(error, constructing=constructing)
     return None if text is None else UserError(text)
 

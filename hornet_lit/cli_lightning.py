@@ -4,6 +4,8 @@ What is ours here, and why:
 - bare recipe names for --config; every name is checked before jsonargparse, so that a typo is told in a few lines;
 - validate, test and predict need weights: LightningCLI would score random ones and exit 0;
 - --ckpt_path: its settings are the defaults and conflicts are errors (LightningCLI lets it override options silently);
+- `--ckpt_path auto` goes on in the run's own folder, or begins there; metrics.csv is continued, not deleted;
+- a signal ends a fit with a checkpoint (cli_stop), and no process outlives the others;
 - config.yaml goes to the run's folder only, and a second run there does not abort;
 - checkpoints are read with weights_only=True, and predictions are streamed to a file, never returned.
 """
@@ -26,17 +28,19 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-# Named in recipes by their bare names, which works for classes that are imported.
-import hornet_lit.strategy  # noqa: F401
 from hornet_lit import cli_checkpoint, writers
 from hornet_lit.cli import resolve_recipe
 from hornet_lit.cli_errors import UserError, told
 from hornet_lit.cli_keys import Config, KeyChecker, load_config, options, value_error
+from hornet_lit.cli_process import Process, exit_code
 from hornet_lit.cli_record import RunRecord
+from hornet_lit.cli_stop import GracefulStop, check_folder, continue_metrics
 from hornet_lit.data import ImageDataModule
 from hornet_lit.module import ImageClassifier
+from hornet_lit.strategy import FullyShardedStrategy  # also named in recipes by its bare name: it must be imported
 
 RUNS = Path("runs")
+AUTO = "auto"
 BASES = (ImageDataModule, Callback, Logger, Profiler, Strategy)
 # What Lightning's methods take and we decide: the objects themselves, safe reading, and that nothing is returned.
 OURS = {
@@ -50,17 +54,21 @@ OURS = {
 }
 
 
-def run(command: str, words: Sequence[str]) -> None:
+def run(command: str, words: Sequence[str], *, process: Process) -> None:
     """Runs fit, validate, test or predict with the options `words`; UserError for what the user can mend."""
     progress: dict[str, bool] = {}
     _quieten()
     try:
-        HornetCLI(command, words, progress=progress)
+        HornetCLI(command, words, progress=progress, process=process)
     except Exception as error:
         short = told(error, constructing="constructed" not in progress)
+        if short is not None and process.noted is not None:  # the others were faster to go
+            short.exit_code = exit_code(process.noted)
         if short is None or short is error:
             raise
         raise short from error
+    finally:
+        process.end_children()
 
 
 def _quieten() -> None:
@@ -95,17 +103,24 @@ class HornetCLI(LightningCLI):
         command: fit, validate, test or predict.
         words: the options after it.
         progress: gets the key "constructed" once model, data and Trainer exist.
+        process: handles the signals.
     """
 
-    def __init__(self, command: str, words: Sequence[str], *, progress: dict[str, bool]) -> None:
+    def __init__(self, command: str, words: Sequence[str], *, progress: dict[str, bool], process: Process) -> None:
         self.command = command
         self.progress = progress
+        self.process = process
+        self.automatic: Path | None = None  # the run's folder, with --ckpt_path auto
+        self.resumed: str | None = None  # the checkpoint found there
         super().__init__(
             ImageClassifier,
             ImageDataModule,
             subclass_mode_data=True,
             save_config_callback=RunRecord,
-            trainer_defaults={"use_distributed_sampler": False},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "callbacks": [GracefulStop(process)] if command == "fit" else [],
+            },
             seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs={"prog": "hornet-lit", "allow_abbrev": False},
@@ -132,6 +147,8 @@ class HornetCLI(LightningCLI):
         parser.add_lightning_class_args(ImageDataModule, "data", subclass_mode=True)
         if self.command == "predict":
             parser.add_lightning_class_args(writers.PredictionWriter, "prediction")
+        if self.command == "test":
+            parser.add_lightning_class_args(writers.EvaluationReport, "report")
 
     def _default_logger(self) -> dict[str, Any] | bool:
         if self.command != "fit":
@@ -152,12 +169,15 @@ class HornetCLI(LightningCLI):
         if {"--help", "-h"} & set(words):
             parser.parse_args([self.command, *words])
 
-        settings = self._checkpoint_settings(words, configs)
+        given = self._given_checkpoint(words, configs)
+        settings = None if given in (None, AUTO) else self._checkpoint_settings(given, configs)
         checker.data_class, base = _data_of(checker, words, configs, settings)
         for config in configs:
             checker.check_config(config)
         checker.check_options(words)
         self._refuse_missing(words, configs, settings, has_data=checker.data_class is not None)
+        if given == AUTO:
+            settings = self._automatic_settings(command_parser, words)
 
         # The explicit model options, with the data class only named: a config of the checkpoint's goes first, so
         # that whatever is given later wins.
@@ -175,7 +195,9 @@ class HornetCLI(LightningCLI):
         chosen = self.config[self.command]
         for key in pinned:
             chosen["model"][key] = model[key]
-        if settings is not None:
+        if self.automatic is not None:
+            self.resumed = None if settings is None else str(settings.path)
+        elif settings is not None:
             chosen["ckpt_path"] = str(settings.path)
         if self.command == "predict":
             chosen["trainer"]["logger"] = False  # nothing is logged: the recipe's would leave an empty run folder
@@ -184,22 +206,35 @@ class HornetCLI(LightningCLI):
                 "trainer.use_distributed_sampler must be false: the data modules share the images out themselves"
             )
         weights = chosen["model"]["weights"]
-        if weights and "://" not in weights and not Path(weights).is_file():  # said before a large folder is listed
+        if weights and "://" not in weights and not Path(weights).exists():  # said before a large folder is listed
             raise UserError(
                 f"no weight file at {weights}\n"
                 "give yours as --model.weights FILE: the authors' .pth, a .ckpt of hornet-lit, or safetensors"
             )
 
-    def _checkpoint_settings(self, words: Sequence[str], configs: Sequence[Config]) -> cli_checkpoint.Settings | None:
+    def _given_checkpoint(self, words: Sequence[str], configs: Sequence[Config]) -> str | None:
         given = [config.values.get("ckpt_path") for config in configs]
         given += [value for name, value in options(words) if name == "ckpt_path"]
         text = next((value for value in reversed(given) if value not in (None, "null")), None)
-        if text is None:
-            return None
-        path = cli_checkpoint.resolve_path(str(text), runs=_run_folder(configs))
-        if str(path) != str(text):
+        if text == AUTO and self.command != "fit":
+            raise UserError(f"--ckpt_path auto is for fit\nfor {self.command} give --ckpt_path last, best or FILE.ckpt")
+        return None if text is None else str(text)
+
+    def _checkpoint_settings(self, text: str, configs: Sequence[Config]) -> cli_checkpoint.Settings:
+        path = cli_checkpoint.resolve_path(text, runs=_run_folder(configs))
+        if str(path) != text:
             _say(f"--ckpt_path {text}: {path}")
         return cli_checkpoint.read_settings(path)
+
+    def _automatic_settings(
+        self, parser: LightningArgumentParser, words: Sequence[str]
+    ) -> cli_checkpoint.Settings | None:
+        """Of the newest checkpoint in the folder that these very options name; None where there is none yet."""
+        logger = parser.parse_args(words, defaults=False).get("trainer.logger", self._default_logger())
+        self.automatic = cli_checkpoint.run_folder(logger)
+        settings = cli_checkpoint.newest(self.automatic, say=_say)
+        _say(f"--ckpt_path auto: {settings.path if settings else f'nothing in {self.automatic} yet: from the start'}")
+        return settings
 
     def _refuse_missing(
         self,
@@ -232,6 +267,15 @@ class HornetCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         self.progress["constructed"] = True
+        self.process.launcher = self.trainer.strategy.launcher
+        # Lightning would register its own in place of cli_process's, just before the training.
+        self.trainer._signal_connector.register_signal_handlers = lambda: None
+        checkpoint = self.resumed if self.automatic is not None else self.config[self.command].get("ckpt_path")
+        if checkpoint and Path(checkpoint).is_dir() and not isinstance(self.trainer.strategy, FullyShardedStrategy):
+            raise UserError(
+                f"--ckpt_path {checkpoint} is a sharded checkpoint, which only --config fsdp reads\n"
+                f"`hornet-lit convert {checkpoint} whole.ckpt` makes one file of it, which goes with any strategy"
+            )
         model, data = self.model.hparams, self.datamodule
         if model["in_chans"] != data.in_chans:
             raise UserError(
@@ -256,6 +300,8 @@ class HornetCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         kwargs["weights_only"] = True
+        if self.automatic is not None:  # config.yaml keeps "auto", so that every start of a run writes the same
+            kwargs["ckpt_path"] = self.resumed
         if subcommand == "predict":
             kwargs["return_predictions"] = False
         return kwargs
@@ -264,6 +310,9 @@ class HornetCLI(LightningCLI):
         """Under fast_dev_run nothing is written, but ModelCheckpoint's save_last would be."""
         if self.trainer.fast_dev_run:
             self.trainer.callbacks = [each for each in self.trainer.callbacks if not isinstance(each, Checkpoint)]
+        continue_metrics(self.trainer)
+        if self.automatic is not None:
+            check_folder(self.trainer, self.automatic)
 
     def after_fit(self) -> None:
         """Says where the run's files are."""

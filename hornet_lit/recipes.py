@@ -1,4 +1,5 @@
-"""Finding the packaged recipes: whole trainings in recipes/*.yaml, additions to them in recipes/overlays/*.yaml.
+"""Finding the packaged recipes: whole trainings in recipes/*.yaml, additions to them in recipes/overlays/*.yaml, and
+job scripts in recipes/*.sbatch.
 
 A recipe's first comment lines say what it is: a title, then `Result:`, `Cost:` and `Command:`. This room reads them
 and nothing else of the file. It imports neither torch nor yaml, so that `hornet-lit recipes` answers at once.
@@ -12,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 SUFFIX = ".yaml"
+SCRIPT_SUFFIX = ".sbatch"
 OVERLAYS = "overlays"
 
 
@@ -46,6 +48,11 @@ def all_recipes() -> list[Recipe]:
     return [read_header(path, name=path.relative_to(root).with_suffix("").as_posix()) for path in paths]
 
 
+def all_scripts() -> list[Recipe]:
+    """Every job script, its suffix in its name."""
+    return [read_header(path, name=path.name) for path in sorted(folder().glob(f"*{SCRIPT_SUFFIX}"))]
+
+
 def read_header(path: Path, *, name: str) -> Recipe:
     """Reads the comment lines at the top of `path`; a line that continues another is indented after its `#`."""
     fields: dict[str, str] = {}
@@ -53,6 +60,8 @@ def read_header(path: Path, *, name: str) -> Recipe:
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
+        if line.startswith("#!"):
+            continue
         text = line[1:].removeprefix(" ")
         head, colon, rest = text.partition(":")
         if text.startswith(" ") and current in fields:
@@ -96,6 +105,8 @@ def listing() -> str:
     lines += [f"  {r.name:{width}}  {r.result} | {r.cost}" for r in recipes if not r.is_overlay]
     lines += ["", "overlays, added to a recipe: hornet-lit fit --config NAME --config OVERLAY"]
     lines += [f"  {r.name:{width}}  {r.title}" for r in recipes if r.is_overlay]
+    lines += ["", "job scripts, to be adapted: hornet-lit recipes copy NAME"]
+    lines += [f"  {r.name:{width}}  {r.title}" for r in all_scripts()]
     return "\n".join(lines)
 
 
