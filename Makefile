@@ -2,7 +2,7 @@
 #   make demo   train, validate and predict on handwritten digits; the files are in demo/
 #   make test   the tests
 #   make lint   ruff
-#   make resume-matrix   kill trainings and resume them, the whole table of BENCHMARKS.md (about ten minutes)
+#   make resume-matrix   kill trainings and resume them, the whole table of BENCHMARKS.md (about 20 minutes)
 # PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3

@@ -340,7 +340,8 @@ class ImageClassifier(AveragedModule, EvaluatedModule):
         checkpoint["class_names"] = self.class_names
         # The file the training once started from: its tensors are in this checkpoint, and it need not exist any more.
         checkpoint.get("hyper_parameters", {}).pop("weights", None)
-        _resume_with_validation(self.trainer, checkpoint)
+        if self._trainer is not None:
+            _resume_with_validation(self.trainer, checkpoint)
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

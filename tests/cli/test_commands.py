@@ -59,6 +59,8 @@ def test_recipes_list_show_and_copy(run: Run) -> None:
     assert run("recipes", "show", "hornet_t_in1k").out == (ROOT / "recipes/hornet_t_in1k.yaml").read_text("utf-8")
     assert run("recipes", "copy", "overlays/ddp").out == "ddp.yaml\n"
     assert Path("ddp.yaml").read_bytes() == (ROOT / "recipes/overlays/ddp.yaml").read_bytes()
+    assert run("recipes", "copy", "slurm.sbatch").out == "slurm.sbatch\n" and "slurm.sbatch  " in listed
+    assert Path("slurm.sbatch").read_bytes() == (ROOT / "recipes/slurm.sbatch").read_bytes()
     again = run("recipes", "copy", "ddp")
     assert again.code == 2 and "ddp.yaml: already exists" in again.error[0]
     assert run("recipes", "copy", "digits", "mine.yaml").code == 0
@@ -88,6 +90,7 @@ def test_the_wheel_holds_the_recipes_and_the_package(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "installed")
     for recipe in recipes.all_recipes():
         assert f"hornet_lit/_recipes/{recipe.name}.yaml" in names
+    assert "hornet_lit/_recipes/slurm.sbatch" in names
     for file in (ROOT / "hornet_lit").rglob("*"):
         if file.suffix in (".py", ".txt"):
             assert file.relative_to(ROOT).as_posix() in names

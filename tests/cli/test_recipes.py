@@ -83,6 +83,8 @@ def test_published_settings(name: str) -> None:
     sizes = {"batch_size": data["batch_size"], "batch_size_per_device": data["batch_size_per_device"]}
     assert data["batch_size"] == gpus * images * accumulation
     assert split_batch(world=gpus, **sizes) == (images, accumulation)
+    share = data["batch_size"] // 64
+    assert split_batch(world=64, **sizes) == (min(share, images), max(share // images, 1))
     assert split_batch(world=8, **sizes) == (images, accumulation * gpus // 8)
     assert split_batch(world=1, **sizes) == (images, accumulation * gpus)
     with pytest.raises(ValueError, match=r"does not divide over 7 devices"):

@@ -115,7 +115,7 @@ def test_other_commands_end_at_once(run: Run, checkpoint: Path) -> None:
     assert "Traceback" not in result.err and "val/acc1" not in result.out
 
 
-def test_auto_is_never_another_run(run: Run) -> None:
+def test_auto_is_never_another_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(*words(None))
     assert result.code == 2 and "needs a run folder that is the same at every start" in result.error[0]
     assert "--trainer.logger.version NAME" in result.error[1]
@@ -125,6 +125,11 @@ def test_auto_is_never_another_run(run: Run) -> None:
     Path("mine.yaml").write_text(json.dumps({"trainer": {"callbacks": [elsewhere]}}))
     result = run(*words("one", "--config", "mine.yaml"))
     assert result.code == 2 and "ModelCheckpoint writes to" in result.error[0]
+    for name, value in {"NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "a"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    Path("hpc_ckpt_1.ckpt").touch()  # Lightning's own way to requeue leaves such files
+    result = run(*words("one"))
+    assert result.code == 2 and "Lightning would go on from" in result.error[0]
 
 
 def test_auto_skips_what_cannot_be_read(run: Run, checkpoint: Path) -> None:

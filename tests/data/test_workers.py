@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import torch
@@ -23,6 +24,11 @@ class Pids(Dataset[torch.Tensor]):
 
 
 def test_only_its_own_process_ends_a_worker() -> None:
+    # In a fresh process: once torch.distributed was used, a forked worker has a thread of torch's that takes SIGTERM.
+    subprocess.run([sys.executable, "-m", "tests.data.test_workers"], check=True, timeout=120)
+
+
+def send_signals() -> None:
     batches = iter(DataLoader(Pids(), batch_size=1, num_workers=1, worker_init_fn=outlive_signals, timeout=30))
     pid = int(next(batches))
     for name in ("TERM", "INT", "USR1"):
@@ -32,3 +38,7 @@ def test_only_its_own_process_ends_a_worker() -> None:
     os.kill(pid, signal.SIGTERM)
     worker.join(10)
     assert worker.exitcode == 0
+
+
+if __name__ == "__main__":
+    send_signals()

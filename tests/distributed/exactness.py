@@ -137,8 +137,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         measure(Path(scratch))
         found = list(differences(Path(scratch)))
-    print("| strategy | processes | largest difference of a score, n = " + ", ".join(map(str, COUNTS)))
-    print("| predictions.csv |\n" + "|---" * 4 + "|")
+    counts = ", ".join(map(str, COUNTS))
+    print(f"| strategy | processes | largest difference of a score, n = {counts} | predictions.csv |\n{'|---' * 4}|")
     for run in RUNS[1:]:
         mine = [row for row in found if row[0] == run]
         largest = ", ".join(f"{max(row[3] for row in mine if row[1] == n):.1g}" for n in COUNTS)

@@ -10,6 +10,7 @@ process, forked from a server that has only imported the libraries.
 from __future__ import annotations
 
 import csv
+import faulthandler
 import itertools
 import json
 import multiprocessing
@@ -106,7 +107,9 @@ def train(out: str, cell: Cell, kill: int | None, resume: str | None, settings: 
     # Else loader workers are started as this process was, by a server of their own, which outlives the kill with them.
     multiprocessing.set_start_method("fork", force=True)
     folder, (strategy, world) = Path(out), STRATEGIES[cell.strategy]
-    sys.stdout = sys.stderr = open(folder / f"log_{settings.get('RANK', 0)}.txt", "a")  # noqa: SIM115  (for its life)
+    sys.stdout = sys.stderr = log = open(folder / f"log_{settings.get('RANK', 0)}.txt", "a")  # noqa: SIM115  (for life)
+    os.dup2(log.fileno(), 2)  # what libraries say, too
+    faulthandler.enable(log)
     torch.set_num_threads(1)
     pl.seed_everything(7, verbose=False)
     module = ImageClassifier(
@@ -164,8 +167,8 @@ def launch(out: Path, cell: Cell, *, kill: int | None = None, resume: Path | Non
     if codes != expected:
         for p in processes:
             p.kill()
-        log = (out / "log_0.txt").read_text()[-2000:]
-        raise RuntimeError(f"{cell}, kill {kill}: exit codes {codes}, expected {expected}\n{log}")
+        logs = "\n".join(path.read_text()[-2000:] for path in sorted(out.glob("log_*.txt")))
+        raise RuntimeError(f"{cell}, kill {kill}: exit codes {codes}, expected {expected}\n{logs}")
 
 
 def final(out: Path) -> dict[str, torch.Tensor]:

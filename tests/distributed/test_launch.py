@@ -75,18 +75,13 @@ def test_torchrun_restarts_a_killed_process(reference: Run, tmp_path: Path) -> N
     assert_same(run, reference)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
-def test_a_signal_to_one_process_ends_both(signum: int, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_ends_both(tmp_path: Path) -> None:
+    """SIGINT to the process that Lightning started; all signals to either: `python -m tests.distributed.signals`."""
     run = Run(tmp_path, launch="ddp", beacon={}, words=["--trainer.max_epochs", "1000"])
     pids = run.pids()
-    os.kill(pids[1], signum)
-    code, seconds = run.wait(list(pids.values()))
+    os.kill(pids[1], signal.SIGINT)
+    code, _ = run.wait(list(pids.values()), timeout=300)
     log = run.log.read_text()
-    assert "Traceback" not in log
-    if signum == signal.SIGINT:
-        assert code == 130 and seconds < 30
-        step = run.checkpoint()["global_step"]
-        assert f"SIGINT: ended after step {step}; go on with --ckpt_path runs/digits/run/checkpoints/last.ckpt" in log
-    else:
-        assert code != 0 and seconds < 60
-        assert "another process of this run has gone" in log or "terminated with code -9" in log
+    assert code == 130 and "Traceback" not in log, log[-3000:]
+    step = run.checkpoint()["global_step"]
+    assert f"SIGINT: ended after step {step}; go on with --ckpt_path runs/digits/run/checkpoints/last.ckpt" in log
