@@ -34,7 +34,7 @@ from hornet_lit.cli_errors import UserError, told
 from hornet_lit.cli_keys import Config, KeyChecker, load_config, options, value_error
 from hornet_lit.cli_process import Process, exit_code
 from hornet_lit.cli_record import RunRecord
-from hornet_lit.cli_stop import GracefulStop, check_folder, continue_metrics
+from hornet_lit.cli_stop import GracefulStop, check_folder, continue_metrics, refuse_stray
 from hornet_lit.data import ImageDataModule
 from hornet_lit.module import ImageClassifier
 from hornet_lit.strategy import FullyShardedStrategy  # also named in recipes by its bare name: it must be imported
@@ -111,7 +111,8 @@ class HornetCLI(LightningCLI):
         self.progress = progress
         self.process = process
         self.automatic: Path | None = None  # the run's folder, with --ckpt_path auto
-        self.resumed: str | None = None  # the checkpoint found there
+        self.resumed: str | None = None  # the checkpoint that is read, if any
+        self.stop = GracefulStop(process)
         super().__init__(
             ImageClassifier,
             ImageDataModule,
@@ -119,7 +120,7 @@ class HornetCLI(LightningCLI):
             save_config_callback=RunRecord,
             trainer_defaults={
                 "use_distributed_sampler": False,
-                "callbacks": [GracefulStop(process)] if command == "fit" else [],
+                "callbacks": [self.stop] if command == "fit" else [],
             },
             seed_everything_default=0,
             parser_class=Parser,
@@ -195,10 +196,10 @@ class HornetCLI(LightningCLI):
         chosen = self.config[self.command]
         for key in pinned:
             chosen["model"][key] = model[key]
-        if self.automatic is not None:
-            self.resumed = None if settings is None else str(settings.path)
-        elif settings is not None:
-            chosen["ckpt_path"] = str(settings.path)
+        if settings is not None:
+            self.resumed = str(settings.path)
+            if self.automatic is None:  # config.yaml keeps "auto", so that every start of a run writes the same
+                chosen["ckpt_path"] = self.resumed
         if self.command == "predict":
             chosen["trainer"]["logger"] = False  # nothing is logged: the recipe's would leave an empty run folder
         if chosen["trainer"]["use_distributed_sampler"]:
@@ -270,7 +271,7 @@ class HornetCLI(LightningCLI):
         self.process.launcher = self.trainer.strategy.launcher
         # Lightning would register its own in place of cli_process's, just before the training.
         self.trainer._signal_connector.register_signal_handlers = lambda: None
-        checkpoint = self.resumed if self.automatic is not None else self.config[self.command].get("ckpt_path")
+        checkpoint = self.resumed
         if checkpoint and Path(checkpoint).is_dir() and not isinstance(self.trainer.strategy, FullyShardedStrategy):
             raise UserError(
                 f"--ckpt_path {checkpoint} is a sharded checkpoint, which only --config fsdp reads\n"
@@ -300,8 +301,7 @@ class HornetCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         kwargs["weights_only"] = True
-        if self.automatic is not None:  # config.yaml keeps "auto", so that every start of a run writes the same
-            kwargs["ckpt_path"] = self.resumed
+        kwargs["ckpt_path"] = self.resumed
         if subcommand == "predict":
             kwargs["return_predictions"] = False
         return kwargs
@@ -311,6 +311,9 @@ class HornetCLI(LightningCLI):
         if self.trainer.fast_dev_run:
             self.trainer.callbacks = [each for each in self.trainer.callbacks if not isinstance(each, Checkpoint)]
         continue_metrics(self.trainer)
+        self.stop.resumed = self.resumed
+        if self.resumed is None:
+            refuse_stray(self.trainer)
         if self.automatic is not None:
             check_folder(self.trainer, self.automatic)
 

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import distributed
 
 from hornet_lit.cli_errors import UserError
@@ -33,6 +34,7 @@ class GracefulStop(Callback):
     """
 
     def __init__(self, process: Process) -> None:
+        self.resumed: str | None = None  # the checkpoint that this process found to go on from
         self._process = process
         self._step = 0
         self._stop: int | None = None  # the signal to stop for, once the checkpoint is written
@@ -46,19 +48,13 @@ class GracefulStop(Callback):
         self._validating = state_dict["validating"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if Path(trainer.ckpt_path or "").name.startswith("hpc_ckpt_"):
-            raise ValueError(
-                f"Lightning would go on from {trainer.ckpt_path}, left there by some training, since this is a job of "
-                f"SLURM: move the file away; to go on from it, rename it and give its name as --ckpt_path"
-            )
         # Processes that resolve `auto` or `last` at different times could find different files, and would go on from
         # them without a word: only the weights are made equal by DDP.
-        mine = str(trainer.ckpt_path)
-        first = trainer.strategy.broadcast(mine)
-        if mine != first:
+        first = trainer.strategy.broadcast(self.resumed)
+        if self.resumed != first:
             raise ValueError(
-                f"process {trainer.global_rank} would go on from {mine}, process 0 from {first}: start the run again, "
-                f"once nothing writes to its folder any more"
+                f"process {trainer.global_rank} would go on from {self.resumed}, process 0 from {first}: start the run "
+                f"again, once nothing writes to its folder any more"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,6 +124,20 @@ def continue_metrics(trainer: Trainer) -> None:
     for logger in trainer.loggers if trainer.is_global_zero else ():
         if isinstance(logger, CSVLogger):
             logger._experiment = MetricsWriter(logger.log_dir)
+
+
+def refuse_stray(trainer: Trainer) -> None:
+    """Refuses to begin where Lightning, in a job of SLURM, would go on from a file that some training left behind.
+
+    Raises:
+        UserError: there are checkpoints of Lightning's own way to requeue in the current folder.
+    """
+    found = sorted(Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")) if SLURMEnvironment.detect() else []
+    if found:
+        raise UserError(
+            f"Lightning would go on from {found[-1]}, which some training left there, since this is a job of SLURM\n"
+            "move the file away; to go on from it, name it: --ckpt_path FILE.ckpt"
+        )
 
 
 def check_folder(trainer: Trainer, folder: Path) -> None:

@@ -47,6 +47,7 @@ def images(seed: int, *shape: int) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def environment_as_found() -> Iterator[None]:
     """Lightning leaves MASTER_PORT behind; a process started later would try to listen where this one still does."""
+    os.environ.pop("MASTER_PORT", None)  # left by a fixture of a wider scope
     before = dict(os.environ)
     yield
     os.environ.clear()

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ import torch
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from hornet_lit.cli_process import Process
+from hornet_lit.cli_stop import GracefulStop
 from hornet_lit.writers.drawing import read_metrics
 from hornet_lit.writers.metrics import MetricsWriter
 
@@ -130,6 +132,14 @@ def test_auto_is_never_another_run(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     Path("hpc_ckpt_1.ckpt").touch()  # Lightning's own way to requeue leaves such files
     result = run(*words("one"))
     assert result.code == 2 and "Lightning would go on from" in result.error[0]
+
+
+def test_processes_must_find_the_same_checkpoint() -> None:
+    stop = GracefulStop(Process())
+    stop.resumed = "new.ckpt"
+    trainer = SimpleNamespace(global_rank=1, strategy=SimpleNamespace(broadcast=lambda mine: "old.ckpt"))
+    with pytest.raises(ValueError, match=r"process 1 would go on from new.ckpt, process 0 from old.ckpt"):
+        stop.setup(trainer, None, "fit")
 
 
 def test_auto_skips_what_cannot_be_read(run: Run, checkpoint: Path) -> None:
