@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hornet_lit import __version__, recipes
-from hornet_lit.cli_errors import UserError, shorten, unknown
+from hornet_lit.cli_errors import UserError, shorten, told, unknown
 from hornet_lit.cli_process import SIGNAL_CODES, Process, end_python
 
 # Since torch 2.6 this variable turns every weights_only=True into False: a checkpoint could then run code.
@@ -30,6 +30,7 @@ commands:
   validate  evaluate:  hornet-lit validate --ckpt_path FILE.ckpt
   test      evaluate:  hornet-lit test --ckpt_path FILE.ckpt
   predict   predict:   hornet-lit predict --ckpt_path FILE.ckpt --data.predict_path FOLDER
+  check-data  read every image of a data set, report what is bad or odd: hornet-lit check-data FOLDER
   convert   one file of a sharded checkpoint, or weights alone: hornet-lit convert CHECKPOINT OUTPUT
   recipes   list the packaged recipes; `recipes show NAME`, `recipes copy NAME [FILE]`
 
@@ -52,7 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _code_of(words: list[str]) -> int:
     try:
-        _run(words)
+        try:
+            _run(words)
+        except OSError as error:
+            if (short := told(error, constructing=False)) is None:
+                raise
+            raise short from error
     except UserError as error:
         if os.environ.get("HORNET_LIT_DEBUG") == "1":
             raise
@@ -106,6 +112,12 @@ def _convert(_: str, words: list[str]) -> None:
     cli_convert.run(words)
 
 
+def _check_data(_: str, words: list[str]) -> None:
+    from hornet_lit import cli_check
+
+    cli_check.run(words)
+
+
 def _recipes(_: str, words: list[str]) -> None:
     match words:
         case [] | ["list"]:
@@ -117,6 +129,8 @@ def _recipes(_: str, words: list[str]) -> None:
                 target = recipes.copy(resolve_file(name), Path(*destination))
             except OSError as error:
                 raise UserError(f"{error.filename}: {error.strerror}") from error
+            except ValueError as error:  # a name that no file can have
+                raise UserError(f"{destination[0]!r}: {error}") from error
             print(target)
         case ["-h" | "--help", *_]:
             print("usage: hornet-lit recipes [show NAME | copy NAME [FILE or FOLDER]]")
@@ -144,6 +158,7 @@ def resolve_file(name: str) -> recipes.Recipe:
 
 COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), _lightning),
+    "check-data": _check_data,
     "convert": _convert,
     "recipes": _recipes,
 }

@@ -5,28 +5,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hornet_lit.cli_errors import UserError, told
+from hornet_lit.durable import whole_file
 
 FORMATS = (".ckpt", ".safetensors")
 
 
-class _Parser(argparse.ArgumentParser):
+class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}\n{self.format_usage().strip()}")
 
 
 def run(words: list[str]) -> None:
     """Runs `convert` with the options ``words``; UserError for what the user can mend."""
-    parser = _Parser(
+    parser = OptionParser(
         prog="hornet-lit convert",
         description="One file out of a checkpoint. OUTPUT.ckpt: the whole of a sharded checkpoint (weights, averaged "
         "weights, optimizer, position), to resume on any number of devices. OUTPUT.safetensors: weights alone, for "
-        "--model.weights and hornet_lit.load_weights.",
+        "--model.weights and hornet_lit.load_weights, with their digest in OUTPUT.safetensors.sha256.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a .ckpt of hornet-lit, file or folder")
@@ -74,16 +74,22 @@ def _convert(path: Path, output: Path, weights: str) -> None:
     if path.is_dir():
         checkpoint = sharded.read_whole(path)
     if output.suffix == ".ckpt":
-        _write(output, lambda temporary: torch.save(checkpoint, temporary))
+        with whole_file(output) as temporary:
+            torch.save(checkpoint, temporary)
         return
     from safetensors.torch import save
 
+    from hornet_lit.network.files import digest_file
     from hornet_lit.network.weights import select
 
     _, name, state = select(checkpoint, {"auto": None, "ema": True, "raw": False}[weights], path)
     state = {key: value.contiguous() for key, value in state.items()}
     contents = save(state, metadata=_notes(checkpoint, name))  # save_file would make it readable by its owner alone
-    _write(output, lambda temporary: temporary.write_bytes(contents))
+    # The digest first: killed in between, there is no file that would be loaded unchecked.
+    with whole_file(digest_file(output)) as temporary:
+        temporary.write_text(f"{sha256(contents).hexdigest()}  {output.name}\n", encoding="utf-8")
+    with whole_file(output) as temporary:
+        temporary.write_bytes(contents)
 
 
 def _notes(checkpoint: dict[str, Any], name: str) -> dict[str, str]:
@@ -92,21 +98,3 @@ def _notes(checkpoint: dict[str, Any], name: str) -> dict[str, str]:
     keys = ("network", "num_classes", "in_chans", "img_size", "network_options")
     notes = {key: settings.get(key) for key in keys} | {"class_names": checkpoint.get("class_names")}
     return {key: json.dumps(value) for key, value in notes.items()} | {"weights": name, "format": "pt"}
-
-
-def _write(output: Path, write: Callable[[Path], None]) -> None:
-    """Under a temporary name beside ``output``, then renamed: there is never a part of it under its own name."""
-    with _temporary(output) as temporary:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, output)
-
-
-@contextmanager
-def _temporary(output: Path) -> Iterator[Path]:
-    path = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ which keep their traceback. Neither torch nor lightning is imported here.
 
 from __future__ import annotations
 
+import errno
 import re
 import traceback
 from collections.abc import Iterable
@@ -19,6 +20,10 @@ MAX_WIDTH = 400
 
 # ValueError is what hornet_lit raises for a user (house rule); the others say which file could not be used.
 FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, FileExistsError)
+
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP)
+# No mistake in the options: the disk is full, or failing.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -58,9 +63,14 @@ def unknown(what: str, name: str, valid: Iterable[str], *, where: str = "", mend
     return UserError("\n".join(lines))
 
 
+def printable(text: str) -> str:
+    """With control characters written out: names in files that others made could steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 def shorten(message: str) -> str:
-    """At most five lines of at most 400 characters; blank lines dropped."""
-    lines = [line.rstrip() for line in message.strip().splitlines() if line.strip()]
+    """At most five lines of at most 400 characters; blank lines dropped, control characters written out."""
+    lines = [printable(line.rstrip()) for line in message.strip().split("\n") if line.strip()]
     if len(lines) > MAX_LINES:
         lines = [*lines[: MAX_LINES - 1], f"  … {len(lines) - MAX_LINES + 1} more lines: HORNET_LIT_DEBUG=1 shows them"]
     return "\n".join(line if len(line) <= MAX_WIDTH else line[: MAX_WIDTH - 1] + "…" for line in lines)
@@ -78,6 +88,11 @@ def told(error: BaseException, *, constructing: bool) -> UserError | None:
         return error
     if type(error).__name__ == "NonFiniteError":
         return StoppedError(str(error))
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return StoppedError(
+            f"{error.filename or 'a file'}: {error.strerror}\n"
+            "checkpoints saved before are whole: once this is mended, --ckpt_path last goes on from the newest"
+        )
     if type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/transport" in str(error):
         return StoppedError(
             "another process of this run has gone, or the connection to it: see above for its own message\n"
@@ -89,7 +104,7 @@ def told(error: BaseException, *, constructing: bool) -> UserError | None:
 
 
 def _text_of(error: BaseException, *, constructing: bool) -> str | None:
-    if isinstance(error, FILE_ERRORS):
+    if isinstance(error, FILE_ERRORS) or (isinstance(error, OSError) and error.errno in NAME_ERRORS):
         if error.filename is None and not _raised_in_package(error):
             return None
         return str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
@@ -99,6 +114,11 @@ def _text_of(error: BaseException, *, constructing: bool) -> str | None:
         return str(error)
     if type(error).__name__ == "MisconfigurationException":
         return str(error)
+    if _raised_while_restoring(error):
+        return (
+            f"the checkpoint cannot be resumed from: {type(error).__name__}: {str(error)[:200]}\n"
+            "it is damaged, or of another version of hornet-lit or Lightning; HORNET_LIT_DEBUG=1 shows where"
+        )
     if constructing and isinstance(error, (ValueError, TypeError, ModuleNotFoundError)):
         # Where a type has alternatives, jsonargparse lists why each was refused; what the class said comes first.
         union = re.search(r"Errors:\s+- (.+)", str(error)) if "Union subtypes" in str(error) else None
@@ -109,6 +129,12 @@ def _text_of(error: BaseException, *, constructing: bool) -> str | None:
 def _raised_in_package(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and PACKAGE in Path(frames[-1].filename).resolve().parents
+
+
+def _raised_while_restoring(error: BaseException) -> bool:
+    """Whether Lightning was handing a checkpoint's contents on: what is wrong there can be of any type."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "checkpoint_connector" in frame.filename]
+    return any(frame.name.lstrip("_").startswith(("restore", "resume")) for frame in frames)
 
 
 def _from_worker(error: BaseException) -> str | None:

@@ -11,44 +11,20 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
-
+from hornet_lit import cli_classes
 from hornet_lit.cli_errors import UserError, unknown
+from hornet_lit.cli_recipes import Config
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
-CLASS_LISTS = ("trainer.callbacks", "trainer.logger")  # options that take the names of classes
+CLASS_LISTS = ("trainer.callbacks", "trainer.logger")  # whose texts are names of classes; others have words as well
+MAX_DEVICES = 100_000
 NOT_KEYS = {"help", "h", "config", "c", "print_config"}  # options that a recipe cannot hold
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """One `--config`: where it came from (for messages) and what it holds."""
-
-    source: str
-    values: dict[str, Any]
-
-
-def load_config(path: Path) -> Config:
-    """Reads a recipe. UserError where it is not YAML, or not a mapping."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path} is not valid YAML{place}: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path} is not a recipe: expected keys such as trainer, model and data at the top")
-    return Config(source=path.name, values=values)
 
 
 class KeyChecker:
@@ -57,14 +33,24 @@ class KeyChecker:
     Args:
         names: dotted names of the command's own options.
         data_class: the data module's class, None where no config names one.
-        bases: the classes whose subclasses may be named without their module.
+        bases: the options that take classes, and the base of theirs; subclasses may be named without their module.
+        rooms: the classes whose arguments stand in a room of the recipe: trainer, model.
         command: for the hint at the end of a message.
     """
 
-    def __init__(self, *, names: Iterable[str], data_class: type | None, bases: Sequence[type], command: str) -> None:
+    def __init__(
+        self,
+        *,
+        names: Iterable[str],
+        data_class: type | None,
+        bases: Mapping[str, type],
+        rooms: Mapping[str, type],
+        command: str,
+    ) -> None:
+        self.rooms = rooms
         self.names = {name for name in names if not name.endswith(".help")}
         self.data_class = data_class
-        self.bases = tuple(bases)
+        self.bases = bases
         self.mend = f"`hornet-lit {command} --help` lists the options"
 
     def check_config(self, config: Config) -> None:
@@ -74,13 +60,19 @@ class KeyChecker:
     def _check_mapping(self, values: dict[str, Any], *, parent: str, source: str) -> None:
         for key, value in values.items():
             name = f"{parent}{str(key).removesuffix('+')}"
-            if name == "data" and isinstance(value, dict):
+            if name == "data":
+                if not isinstance(value, dict):
+                    raise UserError(
+                        f"data in {source}: expected a mapping with class_path and init_args, got {value!r}"
+                    )
                 self._check_class(value, path=name, source=source, known=self.data_class)
             elif self._children(name):
                 if not isinstance(value, dict):
                     raise UserError(f"{name} in {source}: expected a mapping of options, got {value!r}\n{self.mend}")
                 self._check_mapping(value, parent=f"{name}.", source=source)
             elif name in self.names - NOT_KEYS:
+                if value is None:
+                    self._refuse_null(self.rooms.get(parent.removesuffix(".")), str(key), where=f"{name} in {source}")
                 self._check_value(value, path=name, source=source)
             else:
                 raise unknown("key", name, sorted(self.names - NOT_KEYS), where=source, mend=self.mend)
@@ -89,17 +81,24 @@ class KeyChecker:
         if isinstance(value, list):
             for i, item in enumerate(value):
                 self._check_value(item, path=f"{path}[{i}]", source=source)
-        elif isinstance(value, dict) and "class_path" in value:
+        elif isinstance(value, dict) and ("class_path" in value or _option(path) in self.bases):
             self._check_class(value, path=path, source=source, known=None)
+        elif isinstance(value, str):
+            self._check_text(value, path=path, source=source)
+
+    def _check_text(self, value: str, *, path: str, source: str) -> None:
+        """A text in the place of a class: its name."""
+        if (option := _option(path)) in self.bases and ("." in value or option in CLASS_LISTS):
+            self.find_class(value, path=path, source=source)
 
     def _check_class(self, value: dict[str, Any], *, path: str, source: str, known: type | None) -> None:
         for key in value:
             if key not in CLASS_KEYS:
-                near = f"{path}.init_args.{key}" if known and key in (parameters(known) or ()) else key
+                near = f"{path}.init_args.{key}" if known and key in (parameters(known) or ()) else str(key)
                 raise unknown("key", f"{path}.{key}", [near, *(f"{path}.{k}" for k in CLASS_KEYS)], where=source)
         if "class_path" in value:
             known = self.find_class(value["class_path"], path=path, source=source)
-        init_args = value.get("init_args") or {}
+        init_args = value.get("init_args", {})
         valid = None if known is None else parameters(known)
         if not isinstance(init_args, dict):
             raise UserError(f"{path}.init_args in {source}: expected a mapping, got {init_args!r}")
@@ -107,24 +106,43 @@ class KeyChecker:
             name = f"{path}.init_args.{str(key).removesuffix('+')}"
             if valid is not None and str(key).removesuffix("+") not in valid:
                 raise unknown("key", name, [f"{path}.init_args.{v}" for v in valid], where=source)
+            if item is None:
+                self._refuse_null(known, str(key), where=f"{name} in {source}")
             self._check_value(item, path=name, source=source)
+
+    def _refuse_null(self, kind: type | None, key: str, *, where: str) -> None:
+        """jsonargparse takes null for everything; the class would fail on it without naming the key."""
+        parameter = None if kind is None else inspect.signature(kind.__init__).parameters.get(key)  # type: ignore[misc]
+        if parameter is None or parameter.default is None or re.search(r"None|Optional|Any", str(parameter.annotation)):
+            return
+        default = "" if parameter.default is parameter.empty else f"; leave it out for {parameter.default!r}"
+        expected = re.sub(r"<class '(\w+)'>", r"\1", str(parameter.annotation)).replace("typing.", "")
+        raise UserError(f"{where}: expected {expected}, got null{default}")
 
     def find_class(self, class_path: Any, *, path: str, source: str) -> type:
         """The class called `class_path`: a dotted import path, or the bare name of a known class."""
         if not isinstance(class_path, str) or not class_path:
             raise UserError(f"{path}.class_path in {source}: expected the name of a class, got {class_path!r}")
-        known = {kind.__name__: kind for base in self.bases for kind in _subclasses(base)}
+        expected = self.bases.get(_option(path))
+        bases = self.bases.values() if expected is None else (expected,)
+        known = {kind.__name__: kind for base in bases for kind in _subclasses(base)}
         module_name, dot, name = class_path.rpartition(".")
         if not dot:
             if name in known:
                 return known[name]
             raise unknown("class", class_path, known, where=f"{path}.class_path of {source}")
+        cli_classes.check_installed(class_path, where=f"{path}.class_path of {source}")
         names = [f"{kind.__module__}.{kind.__name__}" for kind in known.values()]
         try:
             found = getattr(importlib.import_module(module_name), name, None)
             names += [f"{module_name}.{kind}" for kind in known]  # most are offered by their package as well
-        except (ImportError, ValueError):
+        except ImportError:
             found = None
+        except Exception as error:  # an installed module may do anything on import
+            reason = f"its module cannot be imported: {type(error).__name__}: {str(error)[:200]}"
+            raise UserError(f"{path}.class_path of {source}: {class_path!r}: {reason}") from error
+        if isinstance(found, type) and expected is not None and not issubclass(found, expected):
+            raise UserError(f"{path}.class_path of {source}: {class_path!r} is no {expected.__name__}")
         if isinstance(found, type):
             return found
         raise unknown("class", class_path, names, where=f"{path}.class_path of {source}")
@@ -134,8 +152,12 @@ class KeyChecker:
         for option, value in options(words):
             name = option.removesuffix("+")
             is_word = value is not None and re.fullmatch(r"[A-Za-z_][\w.]*", value)
-            if name in CLASS_LISTS and is_word and value not in ("true", "false", "null"):
-                self.find_class(value, path=name, source="the command line")
+            if is_word and value not in ("true", "false", "null"):
+                self._check_text(value, path=name.removesuffix(".class_path"), source="the command line")
+            room, _, last = name.replace(".init_args.", ".").partition(".")
+            if value == "null":
+                kind = self.data_class if room == "data" else self.rooms.get(room)
+                self._refuse_null(kind, last, where=f"--{option}")
             if name in self.names:
                 continue
             parent = self._parent(name)
@@ -167,6 +189,25 @@ class KeyChecker:
         return any(valid.startswith(f"{name}.") for valid in self.names)
 
 
+def check_ranges(values: Mapping[str, Any]) -> None:
+    """UserError for what Lightning takes without a word (a negative clip value would train uphill), or without the key.
+
+    Args:
+        values: all that a command was given.
+    """
+    seed, trainer = values.get("seed_everything"), values["trainer"]
+    if seed is not None and not 0 <= seed < 2**32:
+        raise UserError(f"seed_everything is {seed}: it must lie in 0 … 2^32 - 1")
+    for key, least in (("gradient_clip_val", 0), ("log_every_n_steps", 0), ("check_val_every_n_epoch", 1)):
+        value = trainer.get(key)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"trainer.{key} is {value}: it must be at least {least}")
+    for key in ("devices", "num_nodes"):  # Lightning makes a list of them
+        value = trainer.get(key)
+        if str(value).isdecimal() and int(value) > MAX_DEVICES:
+            raise UserError(f"trainer.{key} is {value}: it must be at most {MAX_DEVICES}")
+
+
 def options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     """The options among `words`: (name without its dashes, value); None where the value is missing or a flag's."""
     for i, word in enumerate(words):
@@ -186,6 +227,11 @@ def parameters(kind: type) -> set[str] | None:
     return set(signature) - {"self"}
 
 
+def _option(path: str) -> str:
+    """trainer.callbacks[0] → trainer.callbacks"""
+    return re.sub(r"\[\d+\]$", "", path)
+
+
 def _subclasses(kind: type) -> set[type]:
     found = {kind}
     for child in kind.__subclasses__():
@@ -195,6 +241,11 @@ def _subclasses(kind: type) -> set[type]:
 
 def value_error(message: str, configs: Sequence[Config], words: Sequence[str]) -> str:
     """Five lines at most of what jsonargparse said about a value: the whole key, what was given, what is expected."""
+    message = re.sub(
+        r"Importing '([^']+)' is not allowed, denied by .*? to allow it\.",
+        r"'\1' is refused: a recipe or option may name installed classes of the expected type only",
+        message,
+    )
     found = list(re.finditer(r'Parser key "(?P<key>[^"]+)"[^:\n]*:\s*', message))
     if not found:
         return re.sub(r"^unrecognized arguments: ", "not an option, and no option takes it: ", message)
@@ -202,12 +253,41 @@ def value_error(message: str, configs: Sequence[Config], words: Sequence[str]) -
     given = re.findall(r"(?:Given value|Got value): (.*)", rest)[:1]
     rest = re.split(r"(?:Given value|Got value)", rest)[0].rstrip(" .\n")  # what follows is about the outer keys
     place = _locate(key, given[0] if given else None, configs, words)
+    if problem := re.search(r"Problem with given class_path '([^']+)':\s*\n?\s*Option '([^']+)' is not accepted", rest):
+        return _not_accepted(problem[2], class_path=problem[1], key=key, configs=configs)
     if problem := re.search(r"Problem with given class_path '([^']+)':\s*\n?\s*(.+)", rest):
         return f"{place}: cannot use class {problem[1]!r}\n{problem[2].strip()}"
     expected = dict.fromkeys(_type_names(rest))
     if not expected or not given:
         return f"{place}: {rest}"
     return f"{place}: expected {' or '.join(expected)}, got {given[0]!r}"
+
+
+def _not_accepted(name: str, *, class_path: str, key: str, configs: Sequence[Config]) -> str:
+    """For a class that hands **kwargs on, where only jsonargparse finds out what it takes."""
+    for config in reversed(configs):
+        for path, _ in _leaves(config.values):
+            if path.startswith(f"{key}.") and path.rpartition(".")[2] == name:
+                module, _, kind = class_path.rpartition(".")
+                known = getattr(sys.modules.get(module), kind, object)
+                valid = {each for base in inspect.getmro(known) for each in inspect.signature(base.__init__).parameters}
+                parent = path.removesuffix(name)
+                return str(unknown("key", path, [f"{parent}{each}" for each in sorted(valid)], where=config.source))
+    return f"{key}: {class_path} takes no option {name!r}"
+
+
+def blame(message: str, configs: Sequence[Config], words: Sequence[str]) -> str:
+    """Puts the whole key, and where it was set, before what a class said about one of its arguments."""
+    given = [(f"--{name}", "", value) for name, value in reversed(list(options(words)))]
+    for config in reversed(configs):
+        given += [(path, f" in {config.source}", value) for path, value in _leaves(config.values)]
+    for path, place, value in given:
+        name = re.escape(path.lstrip("-").rpartition(".")[2])
+        quoted = re.search(rf"[`'\"]{name}[`'\"=]", message)
+        stated = re.search(rf"(?<!\w){name}(?: is |[ =])['\"]?{re.escape(str(value))}(?!\w)", message)
+        if (quoted or stated) and f"{path.lstrip('-')} " not in message:
+            return f"{path}{place} is {value!r}: {message}"
+    return message
 
 
 def _type_names(text: str) -> Iterator[str]:

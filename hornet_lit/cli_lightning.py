@@ -20,28 +20,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from hornet_lit import cli_checkpoint, writers
-from hornet_lit.cli import resolve_recipe
-from hornet_lit.cli_errors import UserError, told
-from hornet_lit.cli_keys import Config, KeyChecker, load_config, options, value_error
+from hornet_lit import cli_checkpoint, cli_classes, writers
+from hornet_lit.cli_errors import UserError, printable, told
+from hornet_lit.cli_keys import KeyChecker, blame, check_ranges, options, value_error
 from hornet_lit.cli_process import Process, exit_code
+from hornet_lit.cli_recipes import Config, run_folder, with_recipes
 from hornet_lit.cli_record import RunRecord
 from hornet_lit.cli_stop import GracefulStop, check_folder, continue_metrics, refuse_stray
 from hornet_lit.data import ImageDataModule
 from hornet_lit.module import ImageClassifier
-from hornet_lit.strategy import FullyShardedStrategy  # also named in recipes by its bare name: it must be imported
+from hornet_lit.strategy import DurableCheckpointIO, FullyShardedStrategy  # the latter is named bare in recipes
 
 RUNS = Path("runs")
 AUTO = "auto"
-BASES = (ImageDataModule, Callback, Logger, Profiler, Strategy)
+BASES = {
+    "data": ImageDataModule,
+    "trainer.callbacks": Callback,
+    "trainer.logger": Logger,
+    "trainer.profiler": Profiler,
+    "trainer.strategy": Strategy,
+}
 # What Lightning's methods take and we decide: the objects themselves, safe reading, and that nothing is returned.
 OURS = {
     "model",
@@ -81,7 +88,7 @@ def _quieten() -> None:
 
 @rank_zero_only
 def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 class Parser(LightningArgumentParser):
@@ -161,12 +168,14 @@ class HornetCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Checks names, reads the checkpoint's settings, refuses conflicts, and sets `self.config`."""
-        words, configs = _with_recipes(args[1:])
+        words, configs = with_recipes(args[1:])
         command_parser = self._subcommand_parsers[self.command]
         for each in (parser, command_parser):
             each.configs, each.words = configs, words
         names = {option.lstrip("-") for action in command_parser._actions for option in action.option_strings}
-        checker = KeyChecker(names=names, data_class=None, bases=BASES, command=self.command)
+        rooms = {"trainer": Trainer, "model": ImageClassifier}
+        checker = KeyChecker(names=names, data_class=None, bases=BASES, rooms=rooms, command=self.command)
+        cli_classes.allow([*(config.values for config in configs), *words])
         if {"--help", "-h"} & set(words):
             parser.parse_args([self.command, *words])
 
@@ -194,6 +203,8 @@ class HornetCLI(LightningCLI):
         first = {"model": model} | ({"data": base} if base else {})
         self.config = parser.parse_args([self.command, "--config", json.dumps(first), *words])
         chosen = self.config[self.command]
+        cli_classes.refuse_functions(chosen.as_dict())
+        check_ranges(chosen)
         for key in pinned:
             chosen["model"][key] = model[key]
         if settings is not None:
@@ -222,7 +233,7 @@ class HornetCLI(LightningCLI):
         return None if text is None else str(text)
 
     def _checkpoint_settings(self, text: str, configs: Sequence[Config]) -> cli_checkpoint.Settings:
-        path = cli_checkpoint.resolve_path(text, runs=_run_folder(configs))
+        path = cli_checkpoint.resolve_path(text, runs=run_folder(configs) or RUNS, say=_say)
         if str(path) != text:
             _say(f"--ckpt_path {text}: {path}")
         return cli_checkpoint.read_settings(path)
@@ -233,7 +244,7 @@ class HornetCLI(LightningCLI):
         """Of the newest checkpoint in the folder that these very options name; None where there is none yet."""
         logger = parser.parse_args(words, defaults=False).get("trainer.logger", self._default_logger())
         self.automatic = cli_checkpoint.run_folder(logger)
-        settings = cli_checkpoint.newest(self.automatic, say=_say)
+        settings = cli_checkpoint.newest(self.automatic / "checkpoints", say=_say)
         _say(f"--ckpt_path auto: {settings.path if settings else f'nothing in {self.automatic} yet: from the start'}")
         return settings
 
@@ -266,11 +277,22 @@ class HornetCLI(LightningCLI):
 
     # ---- running
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            if type(short := told(error, constructing=True)) is not UserError:
+                raise
+            parser = self._subcommand_parsers[self.command]
+            raise UserError(blame(str(short), parser.configs, parser.words)) from error
+
     def after_instantiate_classes(self) -> None:
         self.progress["constructed"] = True
         self.process.launcher = self.trainer.strategy.launcher
         # Lightning would register its own in place of cli_process's, just before the training.
         self.trainer._signal_connector.register_signal_handlers = lambda: None
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no recipe's own
+            self.trainer.strategy.checkpoint_io = DurableCheckpointIO()
         checkpoint = self.resumed
         if checkpoint and Path(checkpoint).is_dir() and not isinstance(self.trainer.strategy, FullyShardedStrategy):
             raise UserError(
@@ -328,33 +350,6 @@ class HornetCLI(LightningCLI):
                 _say(f"{label}: {path}")
 
 
-def _with_recipes(words: Sequence[str]) -> tuple[list[str], list[Config]]:
-    """The words with every --config value turned into a path, and what those files hold."""
-    words = list(words)
-    configs = []
-    for i, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name not in ("-c", "--config"):
-            continue
-        if not equals:
-            if i + 1 == len(words) or words[i + 1].startswith("-"):
-                raise UserError(f"{name} needs the name of a recipe, or a file\n`hornet-lit recipes` lists the recipes")
-            value = words[i + 1]
-        path = _config_path(value)
-        configs.append(load_config(path))
-        words[i if equals else i + 1] = f"{name}={path}" if equals else str(path)
-    return words, configs
-
-
-def _config_path(value: str) -> Path:
-    if "://" in value:
-        raise UserError(f"--config {value}: URLs are refused, a recipe must be a local file")
-    path = Path(value)
-    if path.is_file():
-        return path
-    return resolve_recipe(value).path
-
-
 def _data_of(
     checker: KeyChecker,
     words: Sequence[str],
@@ -373,14 +368,3 @@ def _data_of(
         return None, None
     kind = checker.find_class(settings.data["class_path"], path="data", source=str(settings.path))
     return kind, settings.data
-
-
-def _run_folder(configs: Sequence[Config]) -> Path:
-    """Where `--ckpt_path last` looks: the recipe's own runs, or all."""
-    for config in reversed(configs):
-        trainer = config.values.get("trainer")
-        logger = trainer.get("logger") if isinstance(trainer, dict) else None
-        given = logger.get("init_args") if isinstance(logger, dict) else None
-        if isinstance(given, dict) and given.get("save_dir"):
-            return Path(str(given["save_dir"]), str(given.get("name") or ""))
-    return RUNS

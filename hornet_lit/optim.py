@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,13 +22,19 @@ def check_ranges(hparams: Mapping[str, Any]) -> None:
         ValueError: naming the setting, its value and its range.
     """
     for name in ("lr", "min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "ema_start_epoch"):
-        if hparams[name] < 0 or (name == "lr" and hparams[name] == 0):
-            raise ValueError(
-                f"model.{name} is {hparams[name]}: it must be {'positive' if name == 'lr' else 'at least 0'}"
-            )
+        least = "positive" if name == "lr" else "at least 0"
+        if not 0 <= hparams[name] < math.inf or (name == "lr" and hparams[name] == 0):  # nan compares false
+            raise ValueError(f"model.{name} is {hparams[name]}: it must be {least}, and finite")
     for name in ("drop_path_rate", "label_smoothing", "mix_prob", "mix_switch_prob"):
         if not 0 <= hparams[name] <= 1:
             raise ValueError(f"model.{name} is {hparams[name]}: it is a share and must lie between 0 and 1")
+    if hparams["ema_decay"] is not None and not 0 <= hparams["ema_decay"] < 1:
+        raise ValueError(f"model.ema_decay is {hparams['ema_decay']}: it must lie in [0, 1), or be null for no average")
+    if hparams["layer_decay"] is not None and not 0 < hparams["layer_decay"] <= 1:
+        raise ValueError(f"model.layer_decay is {hparams['layer_decay']}: it must lie in (0, 1], or be null for none")
+    for name in ("num_classes", "in_chans", "img_size"):
+        if hparams[name] is not None and hparams[name] < 1:
+            raise ValueError(f"model.{name} is {hparams[name]}: it must be at least 1")
 
 
 def build_optimizer(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -29,9 +30,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
 
+from hornet_lit.durable import flush_folder, system_error
+
 MARKER = "complete.json"
 META = "meta.pt"  # the name that Lightning tells sharded checkpoints by
 VERSION = 1
+MAX_METADATA, MAX_PER_PART = 2**24, 2**19  # bytes: a part has 155 for each tensor (measured), and unpickled far more
 WRITING, PREVIOUS = ".writing", ".previous"
 
 StateDict = dict[str, Any]
@@ -65,22 +69,17 @@ def write(
         _remove(writing)
         writing.mkdir(parents=True)
     barrier()
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(writing))  # fsyncs its files
+    try:
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(writing))  # fsyncs its files
+        if rank == 0:
+            _complete(writing, rest=rest, world=world)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        if rank == 0:
+            _remove(writing)
+        if cause := _system_error(error):
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
     if rank == 0:
-        with (writing / META).open("wb") as file:
-            torch.save(rest, file)
-            _flush(file)
-        sizes = {name: _size(writing, name) for name in sorted({*_parts(_read_metadata(writing)), ".metadata", META})}
-        if None in sizes.values():
-            raise ValueError(
-                f"{writing} lacks the parts of other nodes: sharded checkpoints need a file system that all nodes "
-                "share. Use one, or set save_distributed_checkpoint: false"
-            )
-        marker = {"version": VERSION, "processes": world, "files": sizes}
-        with (writing / MARKER).open("w", encoding="utf-8") as file:
-            json.dump(marker, file, indent=1)
-            _flush(file)
-        flush_folder(writing)
         previous = path.with_name(path.name + PREVIOUS)
         if path.exists():
             _remove(previous)
@@ -91,13 +90,27 @@ def write(
     barrier()
 
 
-def flush_folder(path: Path) -> None:
-    """fsync of a folder: its renames survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _complete(writing: Path, *, rest: StateDict, world: int) -> None:
+    """Add to the processes' parts what makes a checkpoint of them, and the marker last."""
+    with (writing / META).open("wb") as file:
+        torch.save(rest, file)
+        _flush(file)
+    sizes = {name: _size(writing, name) for name in sorted({*_parts(_read_metadata(writing)), ".metadata", META})}
+    if None in sizes.values():
+        raise ValueError(
+            f"{writing} lacks the parts of other nodes: sharded checkpoints need a file system that all nodes "
+            "share. Use one, or set save_distributed_checkpoint: false"
+        )
+    marker = {"version": VERSION, "processes": world, "files": sizes}
+    with (writing / MARKER).open("w", encoding="utf-8") as file:
+        json.dump(marker, file, indent=1)
+        _flush(file)
+    flush_folder(writing)
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    failures = [each for each, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return next((found for each in failures if (found := system_error(each))), None)
 
 
 def _flush(file: io.IOBase) -> None:
@@ -122,13 +135,14 @@ def check(path: Path) -> None:
         ValueError: without a marker, or with files that are missing or of another size than it says; names them.
     """
     try:
-        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        with (path / MARKER).open(encoding="utf-8") as file:
+            marker = json.loads(file.read(MAX_METADATA))
     except FileNotFoundError as error:
         raise ValueError(
             f"{path} is a sharded checkpoint without {MARKER}: its writing was interrupted, and its parts may be of "
             "different steps. Use another checkpoint of the run"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path / MARKER} is damaged: use another checkpoint of the run") from error
     if not isinstance(marker, dict) or marker.get("version") != VERSION or not isinstance(marker.get("files"), dict):
         raise ValueError(f"{path / MARKER} is not of version {VERSION}, which this hornet-lit reads")
@@ -168,6 +182,7 @@ def read_whole(path: Path) -> StateDict:
     """
     check(path)
     contents = _read_metadata(path)
+    _check_sizes(contents, path)
     flat = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         if isinstance(entry, metadata.TensorStorageMetadata)
@@ -200,8 +215,11 @@ def _numbered(state: StateDict) -> StateDict:
     }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Names nothing but what `.metadata` consists of: the classes below, torch's dtypes, and paths."""
+class _Unpickler(pickle._Unpickler):
+    """Names nothing but what `.metadata` consists of: the classes below, torch's dtypes, and paths.
+
+    Python's own unpickler, not the one in C, which sets aside gigabytes where a pickle numbers its objects high.
+    """
 
     ALLOWED = frozenset(
         {(metadata.__name__, name) for name in (*metadata.__all__, "_MEM_FORMAT_ENCODING")}
@@ -219,6 +237,9 @@ class _Unpickler(pickle.Unpickler):
 def _read_metadata(path: Path) -> metadata.Metadata:
     try:
         with (path / ".metadata").open("rb") as file:
+            most = MAX_METADATA + MAX_PER_PART * sum(1 for _ in path.glob("*.distcp"))
+            if os.fstat(file.fileno()).st_size > most:
+                raise pickle.UnpicklingError(f"it is larger than {most // 2**20} MB")
             contents = _Unpickler(file).load()
     except FileNotFoundError:
         raise
@@ -230,6 +251,16 @@ def _read_metadata(path: Path) -> metadata.Metadata:
     if not isinstance(contents, metadata.Metadata) or not isinstance(contents.storage_data, dict):
         raise ValueError(f"{path / '.metadata'} is not of a checkpoint: name another")
     return contents
+
+
+def _check_sizes(contents: metadata.Metadata, path: Path) -> None:
+    """Refuse tensors larger than the parts that hold them: memory is set aside for them before they are read."""
+    entries = [e for e in contents.state_dict_metadata.values() if isinstance(e, metadata.TensorStorageMetadata)]
+    claimed = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries)
+    stored = sum(_size(path, part) or 0 for part in _parts(contents))
+    if claimed > stored:
+        file = path / ".metadata"
+        raise ValueError(f"{file} is damaged: it claims {claimed} bytes of tensors, and its parts have {stored}")
 
 
 def _parts(contents: metadata.Metadata) -> set[str]:

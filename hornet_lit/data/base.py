@@ -5,6 +5,7 @@ Shape letters: B batch, V views of an image, C channels, H height, W width.
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -77,11 +78,14 @@ class ImageDataModule(pl.LightningDataModule):
             raise ValueError(f"in_chans is {in_chans}: images are read as greyscale (1) or RGB (3)")
         if len(mean) != in_chans or len(std) != in_chans:
             raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} must have in_chans = {in_chans} numbers each")
-        if eval_batch_size < 1 or img_size < 1 or num_workers < 0 or seed < 0:
-            raise ValueError(
-                f"eval_batch_size {eval_batch_size} and img_size {img_size} must be positive, "
-                f"num_workers {num_workers} and seed {seed} at least 0"
-            )
+        positive = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "img_size": img_size}
+        if batch_size_per_device is not None:
+            positive["batch_size_per_device"] = batch_size_per_device
+        for name, value in (positive | {"num_workers": num_workers, "seed": seed}).items():
+            if value < (least := int(name in positive)):
+                raise ValueError(f"data.{name} is {value}: it must be at least {least}")
+        if not all(math.isfinite(value) for value in mean) or not all(0 < value < math.inf for value in std):
+            raise ValueError(f"mean {tuple(mean)} must be finite, and std {tuple(std)} positive as well")
         check_share(reprob=reprob)
         if remode not in ("pixel", "rand", "const"):
             raise ValueError(f"remode is {remode!r}: choose pixel, rand or const")

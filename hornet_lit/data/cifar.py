@@ -26,6 +26,7 @@ from .cifar_names import NAMES
 from .images import EXTENSIONS, UnreadableImageError, read_image
 from .predict import walk_images
 from .sampling import seed_from
+from .tars import PlainTarInfo
 from .tensors import BatchStep, CropFlip, Cutout, PerImage, TensorImages
 from .transforms import Transform, check_share, eval_transform, rand_augment
 
@@ -237,8 +238,9 @@ def load_tar(path: Path, *, splits: tuple[str, ...], class_names: list[str]) -> 
     members: list[tuple[str, str, str]] = []  # split, class, name
 
     def stream() -> Iterator[tuple[str, bytes]]:
-        with tarfile.open(path, mode="r|*") as archive:
+        with tarfile.open(path, mode="r|*", tarinfo=PlainTarInfo) as archive:
             for member in archive:
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all, 1 kB each
                 parts = member.name.split("/")
                 is_image = os.path.splitext(member.name)[1].lower() in EXTENSIONS and member.isfile()
                 if not is_image or len(parts) < 3 or parts[-3] not in splits or parts[-1].startswith("."):

@@ -14,7 +14,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .base import ImageDataModule
 from .evaluation_sets import EVALUATION_SETS, imagenet_classes, open_evaluation_set, scored_classes
+from .images import read_bytes
 from .sampling import KeyedImages
+from .skipping import SkipList
 from .sources import (
     FolderImages,
     HuggingFaceImages,
@@ -25,7 +27,7 @@ from .sources import (
     wds_images,
     wds_shards,
 )
-from .transforms import COLOR_JITTER, Transform, check_share, eval_transform, train_transform
+from .transforms import COLOR_JITTER, Transform, check_crop, check_share, eval_transform, train_transform
 
 _SYNONYMS = {"val": ("val", "validation"), "validation": ("validation", "val")}
 _GREY_MEAN, _GREY_STD = (0.449,), (0.226,)  # the RGB values' averages, as timm uses for one channel
@@ -35,7 +37,7 @@ class ImageNetDataModule(ImageDataModule):
     """Images in class folders, tar files, WebDataset shards or a Hugging Face data set.
 
     The class list is the training set's, sorted by name (or `class_map`'s); labels of val and test go through it. An
-    unreadable image is an error that names it, in training and evaluation alike.
+    unreadable image is an error that names it, in training and evaluation alike, unless `skip_unreadable` allows some.
 
     Args:
         root: folder that holds the splits: train/ and val/ (or validation/) with a folder per class; or train.tar and
@@ -67,6 +69,9 @@ class ImageNetDataModule(ImageDataModule):
             ("flip"), centre and corners ("five_crop"), or these five and their mirror images ("ten_crop").
         evaluation_set: for classifiers of ImageNet-1k's 1000 classes: the set that lies at `root` and that `test` reads
             in the place of a split, so that dataset, test_split and class_map do not count; see `open_evaluation_set`.
+        skip_unreadable: how many different unreadable images of a split to go on without; they are listed in
+            unreadable_<train, val or test>.csv in the run's folder. While training, another image takes such a one's
+            place, drawn from (seed, epoch, index); in val and test it counts in no result. `predict` allows none.
     """
 
     VIEWS = ("center", "flip", "five_crop", "ten_crop")
@@ -103,6 +108,7 @@ class ImageNetDataModule(ImageDataModule):
         views: Literal["center", "flip", "five_crop", "ten_crop"] = "center",
         evaluation_set: Literal["imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_real"]
         | None = None,
+        skip_unreadable: int = 0,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -126,8 +132,13 @@ class ImageNetDataModule(ImageDataModule):
         if evaluation_set not in (None, *EVALUATION_SETS):
             raise ValueError(f"evaluation_set is {evaluation_set!r}: choose {', '.join(EVALUATION_SETS)}")
         check_share(hflip=hflip)
+        check_crop(scale=scale, ratio=ratio, crop_pct=crop_pct, color_jitter=color_jitter)
         if val_fraction is not None and not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction is {val_fraction}: give a share between 0 and 1, such as 0.1")
+        if skip_unreadable < 0:
+            raise ValueError(
+                f"skip_unreadable is {skip_unreadable}: give a number of images, or 0 for an error at the first"
+            )
         self.root = root
         self.dataset = dataset
         self.train_split = train_split
@@ -143,11 +154,15 @@ class ImageNetDataModule(ImageDataModule):
         self.auto_augment = auto_augment
         self.interpolation = interpolation
         self.evaluation_set = evaluation_set
+        self.skip_unreadable = skip_unreadable
         self.save_hyperparameters(logger=False)  # Lightning refuses names that the module has with other values
         self._opened: dict[str, LabelledImages] = {}
+        self._skip_folder: Path | None = None
         self._classes_are_evals = False  # until a checkpoint tells the class list that it was trained on
 
     def setup_data(self, stage: str) -> None:
+        if self.skip_unreadable:
+            self._set_skip_folder(stage)
         if stage in ("fit", "validate") and self.evaluation_set is not None:
             raise ValueError(f"evaluation_set {self.evaluation_set} is for `hornet-lit test`: leave it out of {stage}")
         if stage == "fit":
@@ -162,7 +177,7 @@ class ImageNetDataModule(ImageDataModule):
             self.class_names = self._class_list()
         if stage in ("validate", "test"):
             split = self.val_split if stage == "validate" else self.test_split
-            images = self._held_out() if stage == "validate" and self._splits_train() else self._open(split)
+            images = self._held_out() if stage == "validate" and self._splits_train() else self.open_split(split)
             if self.class_names is None:
                 self.class_names, self._classes_are_evals = images.classes, True
             self._set_eval(stage, images)
@@ -197,9 +212,11 @@ class ImageNetDataModule(ImageDataModule):
         )
 
     def _setup_fit(self) -> None:
-        everything = self._open(self.train_split)
+        everything = self.open_split(self.train_split)
         listed = self._listed_classes()
         self.class_names, self._classes_are_evals = listed or everything.classes, False
+        if len(self.class_names) < 2:
+            raise ValueError(f"{everything.where} has the one class {self.class_names[0]!r}: a classifier needs two")
         train = everything
         if listed is not None and listed != everything.classes:
             train = everything.relabel(listed, leave_out_others=True)
@@ -218,7 +235,7 @@ class ImageNetDataModule(ImageDataModule):
         elif validates:
             if self.val_fraction is not None:
                 warnings.warn(f"val_fraction has no effect, since {self.root} has a val split", stacklevel=2)
-            self._set_eval("validate", self._open(self.val_split), complete=self.class_map is None)
+            self._set_eval("validate", self.open_split(self.val_split), complete=self.class_map is None)
         transform = train_transform(
             img_size=self.img_size,
             in_chans=self.in_chans,
@@ -230,7 +247,7 @@ class ImageNetDataModule(ImageDataModule):
             interpolation=self.interpolation,
             mean=self.mean,
         )
-        self.train_set = KeyedImages(train, transform, seed=self.seed)
+        self.train_set = KeyedImages(train, transform, seed=self.seed, skipped=self._skip_list("train", train))
 
     def _set_eval(self, stage: str, images: LabelledImages, *, complete: bool = False) -> None:
         assert self.class_names is not None
@@ -238,17 +255,51 @@ class ImageNetDataModule(ImageDataModule):
             left_out = self.class_map is not None
             images = images.relabel(self.class_names, leave_out_others=left_out, complete=complete)
         if stage == "validate":
-            self.val_set = KeyedImages(images, self._eval_transform(five_crops=False))
+            transform, skipped = self._eval_transform(five_crops=False), self._skip_list("val", images)
+            self.val_set = KeyedImages(images, transform, skipped=skipped)
         else:
-            self.test_set = KeyedImages(images, self.predict_transform())
+            self.test_set = KeyedImages(images, self.predict_transform(), skipped=self._skip_list("test", images))
+
+    # ---- unreadable images
+
+    def _set_skip_folder(self, stage: str) -> None:
+        if stage == "predict":
+            warnings.warn(
+                "data.skip_unreadable has no effect in predict: every image gets its row, or is an error", stacklevel=2
+            )
+            return
+        trainer = self.trainer
+        folder = None if trainer is None else trainer.log_dir  # a broadcast: every process asks
+        self._skip_folder = Path(folder or "")
+        if trainer is None or trainer.is_global_zero:
+            # The training's list stays in a run's folder: its cap holds for all of a training that is resumed there.
+            split = "test" if stage == "test" else "val"
+            (self._skip_folder / f"unreadable_{split}.csv").unlink(missing_ok=True)
+        if trainer is not None:
+            trainer.strategy.barrier("hornet_lit: lists of unreadable images cleared")
+
+    def _skip_list(self, split: str, images: LabelledImages) -> SkipList | None:
+        if not self.skip_unreadable:
+            return None
+        assert self._skip_folder is not None
+        return SkipList(self._skip_folder / f"unreadable_{split}.csv", cap=self.skip_unreadable, where=images.where)
+
+    def teardown(self, stage: str) -> None:
+        """Say which images were skipped."""
+        if self.trainer is not None and not self.trainer.is_global_zero:
+            return
+        own = {"fit": (self.train_set, self.val_set), "validate": (self.val_set,), "test": (self.test_set,)}
+        for images in own.get(stage, ()):
+            if isinstance(images, KeyedImages):
+                images.warn_of_skipped()
 
     # ---- finding the images
 
     def _splits_train(self) -> bool:
-        return self.val_fraction is not None and self._find(self.val_split) is None
+        return self.val_fraction is not None and self.find_split(self.val_split) is None
 
     def _held_out(self) -> LabelledImages:
-        images = self._open(self.train_split)
+        images = self.open_split(self.train_split)
         listed = self._listed_classes()
         if listed is not None and listed != images.classes:
             images = images.relabel(listed, leave_out_others=True)
@@ -261,24 +312,24 @@ class ImageNetDataModule(ImageDataModule):
         if listed is not None:
             return listed
         if self.train_set is None and not self.dataset:
-            found = self._find(self.train_split)
+            found = self.find_split(self.train_split)
             if found is not None and _holds_folders(found):
                 return class_folders(Path(found))
-        return self._open(self.train_split).classes if self._splits_train() else None
+        return self.open_split(self.train_split).classes if self._splits_train() else None
 
     def _listed_classes(self) -> list[str] | None:
         if self.class_map is None:
             return None
         try:
-            lines = Path(self.class_map).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
+            lines = read_bytes(self.class_map).decode("utf-8").splitlines()
+        except (OSError, ValueError) as error:
             raise ValueError(f"cannot read class_map {self.class_map}: {error}") from error
         names = [line.strip() for line in lines if line.strip()]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"class_map {self.class_map} must list every class once, one a line")
         return names
 
-    def _find(self, split: str) -> str | None:
+    def find_split(self, split: str) -> str | None:
         """Path of the folder or tar file of a split, or its name among the shards. None if there is none."""
         for name in _SYNONYMS.get(split, (split,)):
             if self.dataset.startswith("wds/"):
@@ -290,7 +341,7 @@ class ImageNetDataModule(ImageDataModule):
                     return path
         return None
 
-    def _open(self, split: str) -> LabelledImages:
+    def open_split(self, split: str) -> LabelledImages:
         """The labelled images of a split, listed once.
 
         Raises:
@@ -303,7 +354,7 @@ class ImageNetDataModule(ImageDataModule):
     def _list(self, split: str) -> LabelledImages:
         if self.dataset.startswith("hfds/"):
             return self._list_hugging_face(split)
-        found = self._find(split)
+        found = self.find_split(split)
         if found is None:
             self._raise_missing(split)
         if self.dataset.startswith("wds/"):

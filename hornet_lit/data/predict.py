@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .images import EXTENSIONS, read_image
+from .images import EXTENSIONS, read_bytes, read_image
 from .sampling import PADDING, Key
 
 
@@ -45,8 +45,8 @@ def find_images(predict_path: str) -> tuple[Sequence[str], Sequence[str]]:
     if path.suffix.lower() in EXTENSIONS:
         return [predict_path], [predict_path]
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
+        names = [line.strip() for line in read_bytes(path).decode("utf-8").splitlines() if line.strip()]
+    except ValueError:  # bytes that are no text, or too many
         raise ValueError(f"{path} is neither an image nor a text file with one image path a line") from None
     if not names:
         raise ValueError(f"the list {path} is empty: write one image path a line")
@@ -64,10 +64,10 @@ def find_images(predict_path: str) -> tuple[Sequence[str], Sequence[str]]:
 def walk_images(folder: Path) -> list[str]:
     """Paths, relative to `folder`, of all image files below it; hidden ones left out. Not sorted.
 
-    Raises OSError for a folder that cannot be read: os.walk by itself would leave its images out without a word.
+    Raises ValueError for a folder that cannot be listed: os.walk by itself would leave its images out without a word.
     """
     found = []
-    for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=refuse_folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = os.path.relpath(parent, folder)
         for name in files:
@@ -76,8 +76,10 @@ def walk_images(folder: Path) -> list[str]:
     return found
 
 
-def _raise(error: OSError) -> NoReturn:
-    raise error
+def refuse_folder(error: OSError) -> NoReturn:
+    raise ValueError(
+        f"cannot list folder {error.filename}: {error.strerror}. Make it readable, or take it out of the data"
+    ) from error
 
 
 class PackedStrings(Sequence[str]):

@@ -9,6 +9,7 @@ Shape letters: B batch, C channels, H height, W width, N images in the set, V vi
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -19,7 +20,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
+from .images import UnreadableImageError
+from .skipping import SkipList
+
 Key = tuple[int, int]  # (epoch, index)
+_MOST_DRAWS = 100  # of an image in the place of an unreadable one, before most of the set must be unreadable
 PADDING = -1  # label, or index for predict, of a sample that only fills up the last batches of a rank
 
 
@@ -121,10 +126,13 @@ class EvalSampler(_KeySampler):
 class ImageSource(Protocol):
     """Where images come from: a folder, tar files, a Hugging Face data set."""
 
+    label_N: np.ndarray  # or label_NL
+    in_chans: int
+
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """The decoded image and its int64 label, or labels (L,); ValueError naming the file when it cannot be read."""
+        """The decoded image and its int64 label, or labels (L,); UnreadableImageError when it cannot be read."""
 
 
 class KeyedImages(Dataset[tuple[Tensor, Tensor]]):
@@ -133,15 +141,25 @@ class KeyedImages(Dataset[tuple[Tensor, Tensor]]):
     Args:
         source: decoded images and labels.
         transform: PIL image → uint8 CHW, or VCHW; may draw from python's, numpy's and torch's global generators.
-        seed: None for a deterministic transform, else those generators are seeded from (seed, epoch, index).
+        seed: None in evaluation, whose transform is deterministic; else those generators are seeded from (seed, epoch,
+            index).
+        skipped: goes on without unreadable images, which it lists. In training another image takes the place, drawn
+            from (seed, epoch, index); in evaluation the place becomes padding, which counts in no metric. None: an
+            unreadable image is an error.
     """
 
     def __init__(
-        self, source: ImageSource, transform: Callable[[Image.Image], Tensor], *, seed: int | None = None
+        self,
+        source: ImageSource,
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        seed: int | None = None,
+        skipped: SkipList | None = None,
     ) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
+        self.skipped = skipped
 
     def __len__(self) -> int:
         return len(self.source)
@@ -149,13 +167,34 @@ class KeyedImages(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, key: Key) -> tuple[Tensor, np.ndarray]:
         epoch, index = key
         is_padding = index >= len(self.source)
-        image, label = self.source.read(0 if is_padding else index)
+        image, label = self._read(epoch, 0 if is_padding else index)
         if self.seed is None:
             x_CHW = self.transform(image)
         else:
             with random_from(self.seed, epoch, index):
                 x_CHW = self.transform(image)
         return x_CHW, np.full_like(label, PADDING) if is_padding else label
+
+    def warn_of_skipped(self) -> None:
+        """Say how many images were unreadable, and what came of them."""
+        outcome = "and count in no result" if self.seed is None else "and others were trained on instead"
+        if self.skipped is not None and (said := self.skipped.report(size=len(self), outcome=outcome)):
+            warnings.warn(said, stacklevel=2)
+
+    def _read(self, epoch: int, index: int) -> tuple[Image.Image, np.ndarray]:
+        place, draws = index, 0
+        while True:
+            try:
+                return self.source.read(place)
+            except UnreadableImageError as error:
+                if self.skipped is None or draws == _MOST_DRAWS:
+                    raise
+                self.skipped.add(error)
+            if self.seed is None:
+                blank = Image.new("RGB" if self.source.in_chans == 3 else "L", (1, 1))
+                return blank, np.full_like(self.source.label_N[index], PADDING)
+            draws += 1
+            place = seed_from(self.seed, epoch, index, draws) % len(self.source)
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
         samples = [self[key] for key in keys]

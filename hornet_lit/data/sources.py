@@ -22,8 +22,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from .images import EXTENSIONS, read_image
-from .predict import PackedStrings, walk_images
+from .images import EXTENSIONS, LARGEST_FILE, read_bytes, read_image
+from .predict import PackedStrings, refuse_folder, walk_images
+from .tars import PlainTarInfo
+
+_LARGEST_LABEL = 2**24  # bytes of a .cls or .json member
 
 
 class LabelledImages:
@@ -46,6 +49,10 @@ class LabelledImages:
     def file(self, place: int) -> tuple[str, str | bytes]:
         """(name for messages, path or encoded bytes)."""
         raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What messages call an image."""
+        return self.file(int(self.place_N[index]))[0]
 
     def __len__(self) -> int:
         return len(self.place_N)
@@ -95,9 +102,16 @@ def class_folders(folder: Path) -> list[str]:
     """Names of the class folders in `folder`, sorted; hidden ones (.ipynb_checkpoints) are none.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, one is a link to nothing, or `folder` cannot be listed.
     """
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        refuse_folder(error)
+    names = sorted(entry.name for entry in entries if entry.is_dir())
+    for entry in entries:  # left out, a class would be missing and the labels of all after it shifted
+        if entry.is_symlink() and not os.path.exists(entry) and not os.path.splitext(entry.name)[1]:
+            raise ValueError(f"{entry.path} is a link to nothing: mend or remove the link")
     if not names:
         raise ValueError(f"no class folders in {folder}: put the images into one folder per class there")
     return names
@@ -159,7 +173,8 @@ class TarImages(LabelledImages):
         archive, offset, size = (int(number) for number in self.position_N3[place])
         with open(self.archives[archive], "rb") as file:
             file.seek(offset)
-            return f"{self.names[place]} in {self.archives[archive]}", file.read(size)
+            # A byte too many is enough to be refused; a sparse member may claim any size.
+            return f"{self.names[place]} in {self.archives[archive]}", file.read(min(size, LARGEST_FILE + 1))
 
 
 def tar_images(path: Path, *, in_chans: int = 3) -> TarImages:
@@ -190,7 +205,7 @@ def tar_images(path: Path, *, in_chans: int = 3) -> TarImages:
 def _tar_members(file: BinaryIO, name: str, base: int = 0, prefix: str = "") -> Iterator[tuple[str, int, int]]:
     """(name, offset in the outermost file, size) of every file in a tar file, and in the tar files within it."""
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=PlainTarInfo) as archive:
             for member in archive:
                 if not member.isfile() or member.issparse():
                     continue
@@ -253,7 +268,7 @@ def _wds_label(file: BinaryIO, parts: dict[str, tuple[int, int]], *, where: str)
     def content(extension: str) -> bytes:
         offset, size = parts[extension]
         file.seek(offset)
-        return file.read(size)
+        return file.read(min(size, _LARGEST_LABEL))
 
     try:
         label = int(content("cls")) if "cls" in parts else int(json.loads(content("json"))["label"])
@@ -269,10 +284,15 @@ def wds_shards(root: str, split: str) -> list[str]:
     for name in ("_info.json", "info.json"):
         path = os.path.join(root, name)
         if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                splits = json.load(file).get("splits", {})
-            if split in splits:
-                return [os.path.join(root, shard) for shard in splits[split]["filenames"]]
+            try:
+                splits = json.loads(read_bytes(path))["splits"]
+                if split in splits:
+                    return [os.path.join(root, shard) for shard in splits[split]["filenames"]]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'cannot read {path} ({error}): it must hold {{"splits": {{NAME: {{"filenames": [SHARD, …]}}}}}}. '
+                    "Mend it, or remove it and give the splits as patterns: data.train_split train-{0000..0127}.tar"
+                ) from error
     pattern = split.split("|")[0]  # timm allows |number-of-samples here
     if ".tar" not in pattern:
         pattern = f"*{pattern}-*.tar"

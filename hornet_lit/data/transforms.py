@@ -7,6 +7,7 @@ Shape letters: B batch, V views of an image, C channels, H height, W width.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -156,6 +157,20 @@ def check_share(**shares: float) -> None:
     for name, value in shares.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}: give a share between 0 and 1")
+
+
+def check_crop(
+    *, scale: tuple[float, float], ratio: tuple[float, float], crop_pct: float | None, color_jitter: float
+) -> None:
+    """ValueError that names the setting where a crop or a jitter has no meaning."""
+    for name, (low, high), most in (("scale", scale, 1.0), ("ratio", ratio, math.inf)):
+        if not 0 < low <= high <= most or high == math.inf:
+            limit = ", up to 1" if most == 1 else ""
+            raise ValueError(f"{name} is {[low, high]}: give a range from low to high, above 0{limit}")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct is {crop_pct}: give a share above 0, up to 1, or null")
+    if not 0 <= color_jitter < math.inf:
+        raise ValueError(f"color_jitter is {color_jitter}: it must be at least 0")
 
 
 def _checked_interpolation(name: str) -> str:

@@ -12,6 +12,8 @@ from torch import nn
 
 from hornet_lit.network.hornet import HorNet
 
+FILES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")  # of timm: they load
+
 
 def build_network(
     name: str,
@@ -31,22 +33,38 @@ def build_network(
         options: further keyword arguments of the network.
 
     Raises:
-        ValueError: for an unknown network, or an option that it does not take; names the nearest valid name.
+        ValueError: for an unknown network, an option that it does not take (names the nearest valid name) or a value
+            that it cannot have, and for timm's options that load files: a recipe or checkpoint could name one.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    if not isinstance(name, str) or not timm.is_model(name):
+        near = difflib.get_close_matches(str(name), timm.list_models(), n=3)
         hint = f": did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"
-        raise ValueError(f"no network named {name!r}{hint}")
+        raise ValueError(f"model.network: no network named {name!r}{hint}")
     kwargs: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "drop_path_rate": drop_path_rate}
     if img_size is not None:
         kwargs["img_size"] = img_size
+    for option in set(options or {}) & {*FILES, *kwargs}:
+        mend = "weights are given as model.weights, which never runs code" if option in FILES else f"set model.{option}"
+        raise ValueError(f"model.network_options.{option} is refused: {mend}")
     try:
         return timm.create_model(name, **kwargs, **(options or {}))
-    except TypeError as error:
+    except Exception as error:
         unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unexpected is None:
+        if isinstance(error, TypeError) and unexpected is not None:
+            option = unexpected.group(1)
+            near = difflib.get_close_matches(option, inspect.signature(HorNet).parameters, n=1)
+            mend = f"did you mean {near[0]!r}?" if near else "remove it from the model's settings"
+            raise ValueError(f"model.network_options.{option}: {name} takes no option {option!r}: {mend}") from error
+        given = ", ".join(f"model.network_options.{key} {value!r}" for key, value in (options or {}).items())
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise ValueError(
+                f"{name} with {kwargs} {given[:200]} does not fit into the memory: make it smaller"
+            ) from error
+        if not options:
             raise
-        option = unexpected.group(1)
-        near = difflib.get_close_matches(option, inspect.signature(HorNet).parameters, n=1)
-        mend = f"did you mean {near[0]!r}?" if near else "remove it from the model's settings"
-        raise ValueError(f"{name} takes no option {option!r}: {mend}") from error
+        reason = str(error)[:200] or type(error).__name__
+        for key, value in options.items():
+            default = getattr(inspect.signature(HorNet).parameters.get(key), "default", None)
+            if isinstance(default, int | float) and not isinstance(value, int | float):
+                reason = f"expected a number such as {default} for {key}"
+        raise ValueError(f"{name} cannot be built with {given[:200]}: {reason}") from error

@@ -18,6 +18,7 @@ from hornet_lit.network.filters import Size
 
 MixerFactory = Callable[..., nn.Module]
 POOLS = ("avg", "max", "avgmax", "")
+MAX_BLOCKS = 1000  # of all stages; the largest network has 25. More are a mistake, and would take all memory
 
 
 class Block(nn.Module):
@@ -114,6 +115,8 @@ class HorNet(nn.Module):
             raise ValueError(f"stem_stride must be 1, 2 or 4, got {stem_stride}")
         if len(mixers) != 4 or len(depths) != 4:
             raise ValueError(f"HorNet has 4 stages: got {len(mixers)} mixers and {len(depths)} depths")
+        if min(depths) < 0 or sum(depths) > MAX_BLOCKS:
+            raise ValueError(f"depths {list(depths)} must be numbers of blocks, together at most {MAX_BLOCKS}")
         self.stride = 8 * stem_stride
         if output_stride not in (None, self.stride):
             raise ValueError(

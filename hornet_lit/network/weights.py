@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import nn
 
+from hornet_lit.network.files import check_digest, check_file, check_tensors
 from hornet_lit.network.filters import resize_spectrum
 
 StateDict = dict[str, torch.Tensor]
@@ -82,7 +83,7 @@ def load_weights(
 
     Args:
         network: `HorNet` or any module whose names the file has.
-        path: a local file; see the module's docstring for formats.
+        path: a local file; see the module's docstring for formats, and `check_digest` for a digest beside it.
         ema: take the averaged weights (True: they must be there; None: if they are there) or the raw ones (False).
         class_names: of the network's classes. Where the file names its own (hornet-lit's do), the classifier's rows are
             taken by name; if it lacks one of them, the head is left newly initialised.
@@ -125,11 +126,8 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> tuple[StateDic
     """Read a weight file into a state dict with the authors' names (see `load_weights` for arguments and errors)."""
     contents = _read(path)
     kind, name, state = select(contents, ema, path)
-    not_tensors = [k for k, v in state.items() if not isinstance(v, torch.Tensor)]
-    if not_tensors or not state:
-        raise ValueError(f"{path} holds no weights that hornet-lit knows: keys {_some(list(contents))}")
     names = contents.get("class_names")
-    if not isinstance(names, list) or len(names) != len(set(map(str, names))):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) != len(set(names)):
         names = None
     prefix = re.compile(r"^(?:module\.|_orig_mod\.)+")
     state = {prefix.sub("", k): v for k, v in state.items()}
@@ -148,15 +146,17 @@ def _read(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is a folder: `hornet-lit convert` makes one file of a sharded checkpoint")
     if not Path(path).is_file():
         raise ValueError(f"no weight file at {path}: give yours as --model.weights FILE")
+    check_digest(Path(path))
     try:
         if Path(path).suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 names = (file.metadata() or {}).get("class_names", "null")
             return {"state_dict": load_file(path), "class_names": json.loads(names)}
+        check_file(Path(path))
         # The authors' files keep their training options in a Namespace; nothing else but tensors and primitives.
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         code = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|call reduce for) (\S+)", str(error))
         if code:
             raise ValueError(
@@ -166,14 +166,30 @@ def _read(path: str | Path) -> dict[str, Any]:
         # torch's own words for an unpickling error advise to switch the protection off.
         unpickling = isinstance(error, pickle.UnpicklingError)
         reason = "not tensors alone" if unpickling else (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged or no weight file: {reason}") from error
+        raise ValueError(f"{path} is damaged or no weight file: {reason[:200]}") from error
     if not isinstance(contents, dict):
         raise ValueError(f"{path} holds a {type(contents).__name__}, not a dictionary of weights")
     return contents
 
 
 def select(contents: dict[str, Any], ema: bool | None, path: str | Path) -> tuple[str, str, StateDict]:
-    """Find (format, "EMA" or "raw", state dict) in what the file at ``path`` holds; ``ema`` as in `load_weights`."""
+    """Find (format, "EMA" or "raw", state dict) in what the file at ``path`` holds; ``ema`` as in `load_weights`.
+
+    Raises:
+        ValueError: it has not these weights, or something else in their place, or larger ones than the file has bytes.
+    """
+    try:
+        kind, name, state = _select(contents, ema, path)
+        known = bool(state) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+    except (AttributeError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"{path} holds no weights that hornet-lit knows: keys {_some(list(contents))}")
+    check_tensors(state, Path(path))
+    return kind, name, state
+
+
+def _select(contents: dict[str, Any], ema: bool | None, path: str | Path) -> tuple[str, str, StateDict]:
     if "pytorch-lightning_version" in contents:
         kind, averaged = "hornet-lit checkpoint", (contents.get("ema") or {}).get("state_dict")
         raw = {k.removeprefix("network."): v for k, v in contents["state_dict"].items() if k.startswith("network.")}
@@ -246,4 +262,5 @@ def _rename(key: str) -> str:
 
 
 def _some(keys: list[str], most: int = 6) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(str(key)[:80].encode("unicode_escape").decode() for key in keys[:most]) + rest

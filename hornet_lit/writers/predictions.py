@@ -131,6 +131,10 @@ class PredictionWriter(BasePredictionWriter):
                 )
             cells = ",".join(f"{c},{p:.8g}" for c, p in zip(classes, probabilities, strict=True))
             self._part.write(f"{index},{cells}\n")
+        # For writers Lightning keeps every batch's list of samples, some 100 bytes an image; ours come in `index`.
+        seen = getattr(getattr(trainer.predict_dataloaders, "batch_sampler", None), "seen_batch_indices", None)
+        if seen:
+            seen[batch_idx] = ()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the parts on rank 0. Every rank raises what went wrong there, so that none waits for another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -72,6 +73,20 @@ def test_weights_alone_predict_what_the_checkpoint_predicts(run: Run, trained: P
         notes = ema.metadata()
     assert json.loads(notes["network"]) == "hornet_pico_32" and json.loads(notes["num_classes"]) == 10
     assert json.loads(notes["class_names"]) == list("0123456789")
+
+
+def test_weights_come_with_their_digest(run: Run, checkpoint: Path) -> None:
+    assert run("convert", checkpoint, "w.safetensors").code == 0
+    assert sorted(os.listdir()) == ["w.safetensors", "w.safetensors.sha256"]
+    digest = hashlib.sha256(Path("w.safetensors").read_bytes()).hexdigest()
+    assert Path("w.safetensors.sha256").read_text() == f"{digest}  w.safetensors\n"
+    words = ["validate", "--config", "digits", *SMALL_NETWORK, *ON_CPU, "--model.weights", "w.safetensors"]
+    assert run(*words).code == 0
+    damaged = bytearray(Path("w.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    Path("w.safetensors").write_bytes(damaged)
+    result = run(*words)
+    assert result.code == 2 and "is not the file that was published" in result.error[0] and digest in result.error[0]
 
 
 def test_convert_says_what_it_does_not_do(run: Run, trained: Path, checkpoint: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
 import pytest
 
-from hornet_lit import cli
+from hornet_lit import cli, cli_classes
 from hornet_lit.cli_errors import MAX_LINES, UserError, did_you_mean, shorten, told
 from hornet_lit.recipes import find
 
@@ -29,7 +30,7 @@ OPTIONS = [
     ("fit --config digits --trainr.max_epochs 3", "unknown option '--trainr.max_epochs'", "'--trainer.max_epochs'"),
     ("fit --config digits --data.batch_sise 3", "unknown option '--data.batch_sise'", "'--data.batch_size'"),
     ("fit --config digits --data.batch_size x", "--data.batch_size: expected int, got 'x'", ""),
-    ("fit --config digits --data.seed -1", "seed -1 at least 0", ""),
+    ("fit --config digits --data.seed -1", "data.seed is -1: it must be at least 0", ""),
     ("fit --data.batch_size 3", "--data.batch_size needs a data module", "add --config RECIPE"),
     ("fit --config digits extra", "extra", ""),
     ("fit --config digits --data DigitDataModule", "unknown class 'DigitDataModule'", "'DigitsDataModule'"),
@@ -50,6 +51,11 @@ OPTIONS = [
     ("fit --config hornet_t_in1k --model.ema_decay null", "ModelCheckpoint monitors 'val/acc1_ema'", "val/acc1"),
     ("fit --config hornet_t_in1k --data.root nowhere", "nowhere does not exist", "set data.root"),
     ("fit --config cifar10 --data.root nowhere", "no CIFAR-10 in nowhere", "data.download"),
+    ("fit --config digits --model.lr null", "--model.lr: expected float, got null", "leave it out for 0.004"),
+    ("fit --config digits --model.lr .inf", "model.lr is inf: it must be positive, and finite", ""),
+    ("fit --config digits --trainer.callbacks os.system", "'os.system' is refused: it is of Python's own library", ""),
+    ("fit --config digits --trainer.callbacks lightning.pytorch.Trainer", "Trainer' is no Callback", ""),
+    ("fit --config digits --trainer.plugins os.system", "'os.system' is refused", "installed classes"),
     ("recipes show digitz", "no recipe is called 'digitz'", "'digits'"),
     ("recipes sow digits", "cannot read `recipes sow digits`", "recipes show NAME"),
 ]
@@ -88,6 +94,8 @@ DAMAGES = [
     ("model:", "model: 3\nx:", "model in mine.yaml: expected a mapping of options, got 3", ""),
     ("  lr: ", "  lr: [", "mine.yaml is not valid YAML at line", ""),
     ("seed_everything: 0", "- 1\n#", "mine.yaml is not valid YAML", ""),
+    ("    batch_size: 48", "    batch_size:", "data.init_args.batch_size in mine.yaml: expected int, got null", ""),
+    ("max_epochs: 14", "max_epochs: -5", "trainer.max_epochs in mine.yaml is -5: `max_epochs` must be", ""),
 ]
 
 
@@ -113,6 +121,33 @@ def test_files_that_are_no_recipes(content: bytes, run: Run) -> None:
     Path("mine.yaml").write_bytes(content)
     result = run("fit", "--config", "mine.yaml")
     assert result.code == 2 and len(result.error) <= MAX_LINES and "mine.yaml is not" in result.error[0]
+
+
+def test_classes_of_installed_packages_alone(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same module, first beside the recipe, then as one that is installed."""
+    module = "from lightning.pytorch import Callback\nfrom pathlib import Path\nPath('ran').touch()\n"
+    Path("mine_not.py").write_text(module + "class Mine(Callback): pass")
+    monkeypatch.syspath_prepend(Path.cwd())
+    words = ["fit", "--config", "digits", "--trainer.callbacks+", "mine_not.Mine", "--print_config"]
+    result = run(*words)
+    assert result.code == 2 and "mine_not.py is not an installed package" in result.error[0]
+    assert "pip install -e" in " ".join(result.error) and not Path("ran").exists()
+    monkeypatch.setattr(cli_classes, "_site_folders", lambda: (Path.cwd(),))
+    result = run(*words)
+    assert result.code == 0 and "mine_not.Mine" in result.out, result.err
+
+
+def test_functions_are_refused(run: Run) -> None:
+    callback = {"class_path": "LambdaCallback", "init_args": {"on_fit_start": "torch.hub.load"}}
+    result = run("fit", "--config", "digits", "--trainer.callbacks", json.dumps([callback]))
+    assert result.code == 2 and "the function load is refused" in result.error[0]
+
+
+def test_names_in_files_cannot_steer_the_terminal(run: Run) -> None:
+    Path("mine.yaml").write_text('"lr\\e[31m\\u202E": 1')
+    result = run("fit", "--config", "mine.yaml")
+    assert result.code == 2 and "\x1b" not in result.err and "\u202e" not in result.err
+    assert "lr\\x1b[31m" in result.error[0]
 
 
 def test_bugs_keep_their_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

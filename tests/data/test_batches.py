@@ -201,7 +201,7 @@ def test_options_without_effect_and_wrong_ones_are_told() -> None:
         (dict(class_subset=[1, 1]), "at least two different labels"),
         (dict(padding=40), "padding 40 must lie in"),
         (dict(remode="noise", reprob=0.5), "choose pixel, rand or const"),
-        (dict(num_workers=-1), "num_workers -1"),
+        (dict(num_workers=-1), "num_workers is -1"),
         (dict(mean=(0.5,)), "must have in_chans = 3 numbers"),
     ):
         with pytest.raises(ValueError, match=message):

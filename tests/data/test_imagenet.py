@@ -224,6 +224,16 @@ def test_class_that_only_val_has_is_an_error(root: Path) -> None:
         module(root).setup("fit")
 
 
+def test_class_folder_that_is_a_link_to_nothing_is_an_error(root: Path) -> None:
+    """Left out, its class would be missing, and the labels of all classes after it shifted."""
+    (root / "train/n01").rename(root / "n01")
+    (root / "train/n01").symlink_to(root / "gone")
+    with pytest.raises(ValueError, match=r"train/n01 is a link to nothing: mend or remove the link"):
+        module(root).setup("fit")
+    (root / "n01").rename(root / "gone")
+    check(module(root))
+
+
 def test_class_map_orders_and_selects(root: Path, tmp_path: Path) -> None:
     (tmp_path / "map.txt").write_text("n10\nn01\n")
     data = module(root, class_map=str(tmp_path / "map.txt"))
@@ -237,6 +247,9 @@ def test_class_map_orders_and_selects(root: Path, tmp_path: Path) -> None:
         module(root, class_map=str(tmp_path / "map.txt")).setup("fit")
     with pytest.raises(ValueError, match=r"cannot read class_map nothing\.txt"):
         module(root, class_map="nothing.txt").setup("fit")
+    (tmp_path / "map.txt").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(ValueError, match=r"cannot read class_map .*map\.txt: 'utf-8' codec"):
+        module(root, class_map=str(tmp_path / "map.txt")).setup("fit")
 
 
 def test_missing_things_name_path_and_mend(root: Path, tmp_path: Path) -> None:
@@ -251,6 +264,8 @@ def test_missing_things_name_path_and_mend(root: Path, tmp_path: Path) -> None:
     error("no training/ in .*name another split with data.train_split", train_split="training")
     error("dataset is 'torch/imagenet': leave it empty", dataset="torch/imagenet")
     error("val_fraction is 1.5", val_fraction=1.5)
+    write_split(tmp_path / "alone/train", classes=["n02"])
+    error("alone/train has the one class 'n02': a classifier needs two", root=tmp_path / "alone")
     (root / "val/n02/0.JPEG").unlink()
     (root / "val/n02/1.JPEG").unlink()
     error("class folder .*val/n02 holds no images")

@@ -183,6 +183,28 @@ def test_missing_file_and_dangling_link_are_named(tmp_path: Path) -> None:
         read_image(tmp_path / "link.png", name=str(tmp_path / "link.png"))
 
 
+def test_what_is_no_ordinary_file_is_not_read(tmp_path: Path) -> None:
+    """A pipe would be waited for without end, and a device, or a file of a terabyte, would fill the memory."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    with open(tmp_path / "large.png", "wb") as file:
+        file.truncate(2**40)
+    for name, reason in (("pipe", "no ordinary file"), ("zero", "no ordinary file"), ("large", f"{2**40} bytes, more")):
+        with pytest.raises(UnreadableImageError, match=rf"cannot read image {name}\.png: {reason}"):
+            read_image(tmp_path / f"{name}.png", name=f"{name}.png")
+    with pytest.raises(ValueError, match="neither an image nor a text file"):
+        (tmp_path / "large.png").rename(tmp_path / "large.txt")
+        find_images(str(tmp_path / "large.txt"))
+
+
+def test_the_content_decides_the_format_and_only_image_formats_are_tried() -> None:
+    """Pillow would hand PostScript under any name to Ghostscript."""
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with pytest.raises(UnreadableImageError, match="none of the image formats BMP, GIF, JPEG"):
+        read_image(postscript, name="x.jpg")
+    assert read_image(saved(picture(5, 4), "GIF"), name="x.jpg").size == (5, 4)
+
+
 # ---- prediction
 
 
@@ -272,8 +294,14 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(PermissionError, match="deep"):
+    message = "cannot list folder .*deep: Permission denied. Make it readable, or take it out"
+    with pytest.raises(ValueError, match=message):
         find_images(str(tmp_path))
+    for name in ("train/a", "train/deep", "val/a", "val/deep"):
+        (tmp_path / name).mkdir(parents=True)
+        picture(9, 9).save(tmp_path / name / "x.png")
+    with pytest.raises(ValueError, match=message):
+        ImageNetDataModule(root=str(tmp_path)).setup("fit")
 
 
 def test_nothing_to_predict_is_said(tmp_path: Path) -> None:

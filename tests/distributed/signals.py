@@ -25,7 +25,7 @@ import yaml
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL)
 ROOT = Path(__file__).parents[2]
 SMALL_NETWORK = {"network_options": {"base_dim": 8, "depths": [1, 1, 1, 1]}, "warmup_epochs": 0}
-PYTHON, FIT = [sys.executable], ["-m", "hornet_lit", "fit", "--config", "digits", "--ckpt_path", "auto"]
+PYTHON, FIT = [sys.executable], ["-m", "tests.distributed.command", "fit", "--config", "digits", "--ckpt_path", "auto"]
 TORCHRUN = [*PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
 LAUNCHERS = {
     "ddp": [*PYTHON, *FIT],
@@ -50,7 +50,7 @@ exit "$highest"
 if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >>scontrol.txt; fi
 """,
     "hornet-lit": f"""
-exec {sys.executable} -m hornet_lit "$@"
+exec {sys.executable} -m tests.distributed.command "$@"
 """,
 }
 

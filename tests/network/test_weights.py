@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from hornet_lit import load_weights
+from hornet_lit.network.build import build_network
 from hornet_lit.network.weights import IN22K_CLASSES, in1k_rows
 from tests.conftest import filled_by_rule, images
 
@@ -191,3 +193,43 @@ def test_other_files_are_refused_with_their_path(tmp_path: Path, official_file) 
         load_weights(network, tmp_path / "list.pth")
     with pytest.raises(ValueError, match="has no EMA weights"):
         load_weights(network, official_file(network), ema=True)
+
+
+def test_the_published_digest_is_checked(tmp_path: Path, official_file) -> None:
+    """Beside the file as sha256sum writes it, or begun in its name as torch.hub has it."""
+    network = timm.create_model(SEVEN)
+    path = tmp_path / "weights.pth"
+    path.write_bytes(official_file(network).read_bytes())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    beside = tmp_path / "weights.pth.sha256"
+    beside.write_text(f"{digest}  weights.pth\n")
+    load_weights(network, path)
+    named = path.rename(tmp_path / f"weights-{digest[:8]}.pth")
+    load_weights(network, named)
+    dated = tmp_path / "weights-20260101.pth"  # no digest
+    dated.write_bytes(named.read_bytes())
+    load_weights(network, dated)
+
+    wrong = "0123abcd" * 8
+    beside.with_name(f"{dated.name}.sha256").write_text(f"{wrong} *{dated.name}\n")
+    with pytest.raises(ValueError, match=rf"its sha256 is {digest}.*says {wrong}\nfetch it again"):
+        load_weights(network, dated)
+    other = named.rename(tmp_path / "weights-0123abcd.pth")
+    with pytest.raises(ValueError, match=rf"its sha256 is {digest[:16]}…, and its name says 0123abcd"):
+        load_weights(network, other)
+    other.with_name(f"{other.name}.sha256").write_text("nothing")
+    with pytest.raises(ValueError, match="holds no sha256 digest"):
+        load_weights(network, other)
+
+
+def test_tensors_larger_than_the_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"model": {"head.bias": torch.zeros(1).expand(10**12)}}, path)
+    with pytest.raises(ValueError, match=r"'head.bias' \(1000000000000,\) claims more values than the file holds"):
+        load_weights(timm.create_model(SEVEN), path)
+
+
+@pytest.mark.parametrize("option", ["checkpoint_path", "pretrained", "pretrained_cfg"])
+def test_timms_own_ways_to_load_files_are_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"network_options.{option} is refused: weights are given as model.weights"):
+        build_network(SEVEN, num_classes=10, options={option: "evil.pth"})
