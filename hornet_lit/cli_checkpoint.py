@@ -10,7 +10,7 @@ Every read is torch.load(weights_only=True): a checkpoint never runs code. The s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,8 +25,10 @@ from hornet_lit.cli_keys import options
 
 KEY = "hornet_lit"  # where our CLI keeps its note in a Lightning checkpoint
 ARCHITECTURE = ("network", "num_classes", "in_chans", "img_size", "network_options")
-EXECUTION = ("compile", "channels_last", "grad_checkpointing", "predict_weights")
+EXECUTION = ("compile", "channels_last", "grad_checkpointing", "predict_weights", "skip_nonfinite")
 DATA_ROOM = "hornet_lit.data"
+# After a kill between two renames a sharded one is whole under last.ckpt.writing or last.ckpt.previous alone.
+PATTERN = "*.ckpt*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,21 +156,24 @@ def _word(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def resolve_path(text: str, *, runs: Path) -> Path:
+def resolve_path(text: str, *, runs: Path, say: Callable[[str], None]) -> Path:
     """`last` and `best` of the newest run below `runs`, or `text` itself. URLs are refused.
 
-    best is what the newest run's ModelCheckpoint noted as best in its last checkpoint.
+    last is its newest checkpoint that can be read; best the one that its ModelCheckpoint noted as best in that.
+
+    Args:
+        say: gets a line for each newer one that cannot be read.
     """
     if "://" in text:
         raise UserError(f"--ckpt_path {text}: URLs are refused, a checkpoint must be a local file\ndownload it first")
     if text not in ("last", "best"):
         return Path(text)
-    found = sorted(runs.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
+    found = _newest_first(runs.rglob(PATTERN))
     if not found:
-        raise UserError(f"--ckpt_path {text}: no last.ckpt below {runs}/\nname the file: --ckpt_path FILE.ckpt")
-    if text == "last":
-        return found[-1]
-    return _best(found[-1])
+        raise UserError(f"--ckpt_path {text}: no checkpoint below {runs}/\nname the file: --ckpt_path FILE.ckpt")
+    last = newest(found[0].parent, say=say)
+    assert last is not None
+    return last.path if text == "last" else _best(last.path)
 
 
 def run_folder(logger: Any) -> Path:
@@ -189,17 +194,16 @@ def run_folder(logger: Any) -> Path:
 
 
 def newest(folder: Path, *, say: Callable[[str], None]) -> Settings | None:
-    """The newest checkpoint of a run that can be read; None where the run has not written any.
+    """The newest checkpoint in `folder` that can be read; None where there is none yet.
 
     Args:
-        folder: the run's.
+        folder: a run's `checkpoints`.
         say: gets a line for each newer one that cannot be read.
 
     Raises:
         UserError: there are checkpoints, and none can be read: beginning anew would overwrite what is left.
     """
-    # After a kill between two renames a sharded one is whole under last.ckpt.writing or last.ckpt.previous alone.
-    found = sorted((folder / "checkpoints").glob("*.ckpt*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = _newest_first(folder.glob(PATTERN))
     for path in found:
         try:
             return read_settings(path)
@@ -208,6 +212,12 @@ def newest(folder: Path, *, say: Callable[[str], None]) -> Settings | None:
     if found:
         raise UserError(f"none of the {len(found)} checkpoints in {folder} can be read\nmove it away to begin anew")
     return None
+
+
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
+    """Without hidden files: those that are being written, or were when their process was killed."""
+    visible = [path for path in paths if not path.name.startswith(".")]
+    return sorted(visible, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def _best(last: Path) -> Path:

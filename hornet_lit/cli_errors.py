@@ -7,6 +7,7 @@ which keep their traceback. Neither torch nor lightning is imported here.
 
 from __future__ import annotations
 
+import errno
 import re
 import traceback
 from collections.abc import Iterable
@@ -19,6 +20,9 @@ MAX_WIDTH = 400
 
 # ValueError is what hornet_lit raises for a user (house rule); the others say which file could not be used.
 FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, FileExistsError)
+
+# No mistake in the options: the disk is full, or failing.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -78,6 +82,11 @@ def told(error: BaseException, *, constructing: bool) -> UserError | None:
         return error
     if type(error).__name__ == "NonFiniteError":
         return StoppedError(str(error))
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return StoppedError(
+            f"{error.filename or 'a file'}: {error.strerror}\n"
+            "checkpoints saved before are whole: once this is mended, --ckpt_path last goes on from the newest"
+        )
     if type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/transport" in str(error):
         return StoppedError(
             "another process of this run has gone, or the connection to it: see above for its own message\n"

@@ -24,6 +24,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -37,7 +38,7 @@ from hornet_lit.cli_record import RunRecord
 from hornet_lit.cli_stop import GracefulStop, check_folder, continue_metrics, refuse_stray
 from hornet_lit.data import ImageDataModule
 from hornet_lit.module import ImageClassifier
-from hornet_lit.strategy import FullyShardedStrategy  # also named in recipes by its bare name: it must be imported
+from hornet_lit.strategy import DurableCheckpointIO, FullyShardedStrategy  # the latter is named bare in recipes
 
 RUNS = Path("runs")
 AUTO = "auto"
@@ -222,7 +223,7 @@ class HornetCLI(LightningCLI):
         return None if text is None else str(text)
 
     def _checkpoint_settings(self, text: str, configs: Sequence[Config]) -> cli_checkpoint.Settings:
-        path = cli_checkpoint.resolve_path(text, runs=_run_folder(configs))
+        path = cli_checkpoint.resolve_path(text, runs=_run_folder(configs), say=_say)
         if str(path) != text:
             _say(f"--ckpt_path {text}: {path}")
         return cli_checkpoint.read_settings(path)
@@ -233,7 +234,7 @@ class HornetCLI(LightningCLI):
         """Of the newest checkpoint in the folder that these very options name; None where there is none yet."""
         logger = parser.parse_args(words, defaults=False).get("trainer.logger", self._default_logger())
         self.automatic = cli_checkpoint.run_folder(logger)
-        settings = cli_checkpoint.newest(self.automatic, say=_say)
+        settings = cli_checkpoint.newest(self.automatic / "checkpoints", say=_say)
         _say(f"--ckpt_path auto: {settings.path if settings else f'nothing in {self.automatic} yet: from the start'}")
         return settings
 
@@ -271,6 +272,8 @@ class HornetCLI(LightningCLI):
         self.process.launcher = self.trainer.strategy.launcher
         # Lightning would register its own in place of cli_process's, just before the training.
         self.trainer._signal_connector.register_signal_handlers = lambda: None
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no recipe's own
+            self.trainer.strategy.checkpoint_io = DurableCheckpointIO()
         checkpoint = self.resumed
         if checkpoint and Path(checkpoint).is_dir() and not isinstance(self.trainer.strategy, FullyShardedStrategy):
             raise UserError(

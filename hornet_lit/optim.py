@@ -20,7 +20,16 @@ def check_ranges(hparams: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the setting, its value and its range.
     """
-    for name in ("lr", "min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "ema_start_epoch"):
+    for name in (
+        "lr",
+        "min_lr",
+        "weight_decay",
+        "warmup_epochs",
+        "mixup",
+        "cutmix",
+        "ema_start_epoch",
+        "skip_nonfinite",
+    ):
         if hparams[name] < 0 or (name == "lr" and hparams[name] == 0):
             raise ValueError(
                 f"model.{name} is {hparams[name]}: it must be {'positive' if name == 'lr' else 'at least 0'}"

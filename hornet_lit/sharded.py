@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
 
+from hornet_lit.durable import flush_folder, system_error
+
 MARKER = "complete.json"
 META = "meta.pt"  # the name that Lightning tells sharded checkpoints by
 VERSION = 1
@@ -65,22 +67,17 @@ def write(
         _remove(writing)
         writing.mkdir(parents=True)
     barrier()
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(writing))  # fsyncs its files
+    try:
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(writing))  # fsyncs its files
+        if rank == 0:
+            _complete(writing, rest=rest, world=world)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        if rank == 0:
+            _remove(writing)
+        if cause := _system_error(error):
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
     if rank == 0:
-        with (writing / META).open("wb") as file:
-            torch.save(rest, file)
-            _flush(file)
-        sizes = {name: _size(writing, name) for name in sorted({*_parts(_read_metadata(writing)), ".metadata", META})}
-        if None in sizes.values():
-            raise ValueError(
-                f"{writing} lacks the parts of other nodes: sharded checkpoints need a file system that all nodes "
-                "share. Use one, or set save_distributed_checkpoint: false"
-            )
-        marker = {"version": VERSION, "processes": world, "files": sizes}
-        with (writing / MARKER).open("w", encoding="utf-8") as file:
-            json.dump(marker, file, indent=1)
-            _flush(file)
-        flush_folder(writing)
         previous = path.with_name(path.name + PREVIOUS)
         if path.exists():
             _remove(previous)
@@ -91,13 +88,27 @@ def write(
     barrier()
 
 
-def flush_folder(path: Path) -> None:
-    """fsync of a folder: its renames survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _complete(writing: Path, *, rest: StateDict, world: int) -> None:
+    """Add to the processes' parts what makes a checkpoint of them, and the marker last."""
+    with (writing / META).open("wb") as file:
+        torch.save(rest, file)
+        _flush(file)
+    sizes = {name: _size(writing, name) for name in sorted({*_parts(_read_metadata(writing)), ".metadata", META})}
+    if None in sizes.values():
+        raise ValueError(
+            f"{writing} lacks the parts of other nodes: sharded checkpoints need a file system that all nodes "
+            "share. Use one, or set save_distributed_checkpoint: false"
+        )
+    marker = {"version": VERSION, "processes": world, "files": sizes}
+    with (writing / MARKER).open("w", encoding="utf-8") as file:
+        json.dump(marker, file, indent=1)
+        _flush(file)
+    flush_folder(writing)
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    failures = [each for each, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return next((found for each in failures if (found := system_error(each))), None)
 
 
 def _flush(file: io.IOBase) -> None:

@@ -1,4 +1,7 @@
-"""FSDP2 for the recipes: Lightning's ModelParallelStrategy with every process in the data-parallel dimension."""
+"""FSDP2 for the recipes: Lightning's ModelParallelStrategy with every process in the data-parallel dimension.
+
+And how checkpoints of one file are written under any strategy.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.distributed.checkpoint.state_dict import (
@@ -20,8 +24,31 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from hornet_lit import sharded
+from hornet_lit.durable import whole_file
 
 FULL = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that survive a kill and a power cut at any moment; Lightning's own are moved from $TMPDIR, unsynced.
+
+    The command line uses it by itself; elsewhere: ``Trainer(plugins=[DurableCheckpointIO()])``.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write ``checkpoint`` to ``path``; URLs are left to Lightning.
+
+        Raises:
+            OSError: no space, no permission, …; names ``path``, where an earlier checkpoint is left as it was.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Through a file of Python's: where torch opens it itself, a full disk is a RuntimeError without a reason.
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
 
 
 class FullyShardedStrategy(ModelParallelStrategy):

@@ -18,6 +18,12 @@ class MetricsWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         """Where Lightning deletes an earlier metrics.csv."""
 
+    def save(self) -> None:
+        try:
+            super().save()
+        except OSError as error:  # of a write, which does not know the file's name
+            raise OSError(error.errno, error.strerror, self.metrics_file_path) from error
+
     def keep_before(self, step: int, *, validated: bool) -> None:
         """Drops what a run that goes on from `step` will log again, and a line that a killed process left unfinished.
 
