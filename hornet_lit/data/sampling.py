@@ -19,6 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
+from .workers import sigterm_blocked
+
 Key = tuple[int, int]  # (epoch, index)
 PADDING = -1  # label, or index for predict, of a sample that only fills up the last batches of a rank
 
@@ -168,7 +170,14 @@ class KeyedImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 class ResumableLoader(DataLoader[tuple[Tensor, Tensor]]):
-    """Tells Lightning, which would warn otherwise, that resuming within an epoch is seen to: by the data module."""
+    """Tells Lightning, which would warn otherwise, that resuming within an epoch is seen to: by the data module.
+
+    And forks its workers so that they outlive signals, see `workers`.
+    """
+
+    def __iter__(self) -> Any:
+        with sigterm_blocked():
+            return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         return {}
