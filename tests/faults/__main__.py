@@ -12,16 +12,23 @@ import importlib
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
-OTHERS = {"__init__", "__main__", "row"}
+HERE = Path(__file__).parent
+
+
+def tables() -> dict[str, ModuleType]:
+    """The modules of this folder that have `rows`."""
+    names = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith(("test_", "__")))
+    modules = {name: importlib.import_module(f"tests.faults.{name}") for name in names}
+    return {name: module for name, module in modules.items() if hasattr(module, "rows")}
 
 
 def main(names: list[str]) -> int:
-    here = Path(__file__).parent
-    found = sorted(path.stem for path in here.glob("*.py") if not path.stem.startswith("test_"))
+    found = tables()
     bad = 0
-    for name in names or [name for name in found if name not in OTHERS]:
-        module = importlib.import_module(f"{__package__}.{name}")
+    for name in names or found:
+        module = found[name]
         started = time.monotonic()
         print(f"**{name}**: {module.__doc__.splitlines()[0]}\n\n| case | outcome | |\n|---|---|---|", flush=True)
         for row in module.rows(thorough=True):

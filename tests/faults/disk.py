@@ -33,8 +33,8 @@ CASES = {
 
 
 def rows(*, thorough: bool) -> Iterator[Row]:
-    """One per kind of checkpoint; the fast subset is the first alone."""
-    for case in CASES if thorough else list(CASES)[:1]:
+    """One per kind of checkpoint; none in the fast subset: tests/training/test_durable.py has a disk made of words."""
+    for case in CASES if thorough else ():
         with tempfile.TemporaryDirectory() as disk:
             for namespace in (["unshare", "-m"], ["unshare", "-Urm"]):
                 command = [*namespace, sys.executable, "-m", "tests.faults.disk", case, disk]
