@@ -31,6 +31,7 @@ commands:
   test      evaluate:  hornet-lit test --ckpt_path FILE.ckpt
   predict   predict:   hornet-lit predict --ckpt_path FILE.ckpt --data.predict_path FOLDER
   convert   one file of a sharded checkpoint, or weights alone: hornet-lit convert CHECKPOINT OUTPUT
+  bench     speed and memory of networks here: hornet-lit bench hornet_tiny_7x7 --against convnext_tiny
   recipes   list the packaged recipes; `recipes show NAME`, `recipes copy NAME [FILE]`
 
 options:
@@ -106,6 +107,12 @@ def _convert(_: str, words: list[str]) -> None:
     cli_convert.run(words)
 
 
+def _bench(_: str, words: list[str]) -> None:
+    from hornet_lit import cli_bench
+
+    cli_bench.run(words)
+
+
 def _recipes(_: str, words: list[str]) -> None:
     match words:
         case [] | ["list"]:
@@ -145,5 +152,6 @@ def resolve_file(name: str) -> recipes.Recipe:
 COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), _lightning),
     "convert": _convert,
+    "bench": _bench,
     "recipes": _recipes,
 }
