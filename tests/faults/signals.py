@@ -20,17 +20,18 @@ from tests.faults.row import Row
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL)
 EXPECTED = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+CASES = [*((s, r) for s in SIGNALS for r in range(2)), *((s, None) for s in EXPECTED)]  # None: to the whole group
 WITHIN = 30  # seconds
 KILLED_WITHIN = 60  # seconds, after a SIGKILL
 
 
 def rows(*, thorough: bool) -> Iterator[Row]:
     """Ten tries each; the fast subset is a single one, SIGINT to the process that Lightning started."""
-    for signum, rank in [(s, r) for s in SIGNALS for r in range(2)] if thorough else [(signal.SIGINT, 1)]:
+    for signum, rank in CASES if thorough else [(signal.SIGINT, 1)]:
         yield tries(signum, rank, launch="ddp", times=10 if thorough else 1)
 
 
-def tries(signum: signal.Signals, rank: int, *, launch: str, times: int) -> Row:
+def tries(signum: signal.Signals, rank: int | None, *, launch: str, times: int) -> Row:
     results = []
     for _ in range(times):
         with tempfile.TemporaryDirectory() as scratch:
@@ -43,16 +44,21 @@ def tries(signum: signal.Signals, rank: int, *, launch: str, times: int) -> Row:
     if seconds[-1] > (KILLED_WITHIN if signum == signal.SIGKILL else WITHIN):
         wrong.append("too slow")
     outcome = f"exit {', '.join(map(str, codes))}; {seconds[len(seconds) // 2]:.1f} s, at most {seconds[-1]:.1f} s"
-    case = f"{signum.name} to process {rank} of 2 ({launch}), {times} times"
+    whom = "every process, loader workers included" if rank is None else f"process {rank} of 2"
+    case = f"{signum.name} to {whom} ({launch}), {times} times"
     return Row(case=case, outcome="; ".join([outcome, *wrong]), right=not wrong)
 
 
-def measure(folder: Path, *, launch: str, signum: int, rank: int) -> tuple[int, float, str]:
+def measure(folder: Path, *, launch: str, signum: int, rank: int | None) -> tuple[int, float, str]:
     """(exit code, seconds until all had gone, what is wrong or "")."""
-    run = Run(folder, launch=launch, beacon={}, words=["--trainer.max_epochs", "1000"])
+    words = ["--trainer.max_epochs", "1000", "--data.num_workers", "2" if rank is None else "0"]
+    run = Run(folder, launch=launch, beacon={}, words=words)
     pids = run.pids()
     time.sleep(random.random())
-    os.kill(pids[rank], signum)
+    if rank is None:
+        os.killpg(run.process.pid, signum)
+    else:
+        os.kill(pids[rank], signum)
     code, seconds = run.wait(list(pids.values()))
     log = run.log.read_text()
     if signum == signal.SIGKILL:
@@ -67,5 +73,5 @@ def measure(folder: Path, *, launch: str, signum: int, rank: int) -> tuple[int, 
 
 
 if __name__ == "__main__":
-    for each in [(s, r) for s in SIGNALS for r in range(2)]:
+    for each in CASES:
         print(tries(*each, launch=sys.argv[1], times=int(sys.argv[2])), flush=True)
