@@ -3,6 +3,7 @@
 #   make test   the tests
 #   make lint   ruff
 #   make resume-matrix   kill trainings and resume them, the whole table of BENCHMARKS.md (about 20 minutes)
+#   make faults  kills, signals, full disks, bad data, hostile files, wrong options: the tables of BENCHMARKS.md (about an hour)
 # PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := demo
 
-.PHONY: demo test lint format install clean resume-matrix
+.PHONY: demo test lint format install clean resume-matrix faults
 
 install: $(STAMP)
 
@@ -44,6 +45,9 @@ test: $(STAMP)
 
 resume-matrix: $(STAMP)
 	$(BIN)/python -m tests.distributed.resume_matrix
+
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

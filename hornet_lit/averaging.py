@@ -92,6 +92,7 @@ class AveragedModule(pl.LightningModule):
                 self.log(callback.monitor, float("nan"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         # Whole tensors, also in a sharded checkpoint: at the size of these networks every process can gather them.
         if self._ema_state is not None:
             checkpoint["ema"] = {"decay": self._ema_decay, "state_dict": self._ema_state}
@@ -101,6 +102,7 @@ class AveragedModule(pl.LightningModule):
             checkpoint["ema"] = {"decay": self.hparams["ema_decay"], "state_dict": None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         saved, wanted = checkpoint.get("ema"), self.hparams["ema_decay"]
         if self._trainer is not None and self.trainer.training:
             if saved is None and wanted is not None:

@@ -32,6 +32,7 @@ commands:
   predict   predict:   hornet-lit predict --ckpt_path FILE.ckpt --data.predict_path FOLDER
   check-data  read every image of a data set, report what is bad or odd: hornet-lit check-data FOLDER
   convert   one file of a sharded checkpoint, or weights alone: hornet-lit convert CHECKPOINT OUTPUT
+  bench     speed and memory of networks here: hornet-lit bench hornet_tiny_7x7 --against convnext_tiny
   recipes   list the packaged recipes; `recipes show NAME`, `recipes copy NAME [FILE]`
 
 options:
@@ -118,6 +119,12 @@ def _check_data(_: str, words: list[str]) -> None:
     cli_check.run(words)
 
 
+def _bench(_: str, words: list[str]) -> None:
+    from hornet_lit import cli_bench
+
+    cli_bench.run(words)
+
+
 def _recipes(_: str, words: list[str]) -> None:
     match words:
         case [] | ["list"]:
@@ -160,5 +167,6 @@ COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), _lightning),
     "check-data": _check_data,
     "convert": _convert,
+    "bench": _bench,
     "recipes": _recipes,
 }

@@ -27,7 +27,7 @@ from hornet_lit.network.files import check_file
 
 KEY = "hornet_lit"  # where our CLI keeps its note in a Lightning checkpoint
 ARCHITECTURE = ("network", "num_classes", "in_chans", "img_size", "network_options")
-EXECUTION = ("compile", "channels_last", "grad_checkpointing", "predict_weights")
+EXECUTION = ("compile", "channels_last", "grad_checkpointing", "predict_weights", "skip_nonfinite")
 DATA_ROOM = "hornet_lit.data"
 # After a kill between two renames a sharded one is whole under last.ckpt.writing or last.ckpt.previous alone.
 PATTERN = "*.ckpt*"

@@ -19,17 +19,14 @@ from torch.distributed.tensor import DTensor
 
 from hornet_lit.averaging import AveragedModule
 from hornet_lit.evaluation import Batch, EvaluatedModule, new_metrics
+from hornet_lit.guard import GuardedModule
 from hornet_lit.network import load_weights
 from hornet_lit.network.build import build_network
 from hornet_lit.network.sharding import shard
 from hornet_lit.optim import WarmupCosine, build_optimizer, check_ranges
 
 
-class NonFiniteError(RuntimeError):
-    """Training met a loss or gradient that is not finite."""
-
-
-class ImageClassifier(AveragedModule, EvaluatedModule):
+class ImageClassifier(AveragedModule, GuardedModule, EvaluatedModule):
     """Image classification as published for HorNet: AdamW, per-step warm-up and cosine, mixup/CutMix, EMA.
 
     Args:
@@ -51,6 +48,8 @@ class ImageClassifier(AveragedModule, EvaluatedModule):
         mix_prob: share of batches mixed. mix_switch_prob: of these, the share of CutMix.
         ema_decay: of the averaged weights, validated beside the raw ones; None keeps no average.
         ema_start_epoch: when the average begins, as a copy of the weights; fractions allowed. Before, there is none.
+        skip_nonfinite: steps of the whole training that may be skipped because their loss or gradients are not
+            finite; the next such step stops it.
         predict_weights: which weights `predict` uses; "auto" is EMA where there is one.
         compile: compile the network in place (state-dict names stay clean).
         channels_last: lay convolution weights and inputs out channels-last.
@@ -80,6 +79,7 @@ class ImageClassifier(AveragedModule, EvaluatedModule):
         mix_switch_prob: float = 0.5,
         ema_decay: float | None = None,
         ema_start_epoch: float = 0.0,
+        skip_nonfinite: int = 0,
         predict_weights: Literal["auto", "ema", "raw"] = "auto",
         compile: bool = False,
         channels_last: bool = True,
@@ -289,23 +289,19 @@ class ImageClassifier(AveragedModule, EvaluatedModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        by_norm = gradient_clip_val and gradient_clip_algorithm in (None, "norm")
-        if by_norm:
-            norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in parameters])
-            if gradient_clip_val:
-                nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
         self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # Under 16-mixed the scaler itself skips the steps whose scaled gradients overflow.
-        norm = self._loss if self.trainer.precision == "16-mixed" else self._grad_norm
-        if not torch.stack((self._loss, norm)).isfinite().all():
-            raise NonFiniteError(
-                f"training stopped at batch {self._batch_idx} of epoch {self.current_epoch} (step {self.global_step}): "
-                f"loss {self._loss.item():g}, gradient norm {self._grad_norm.item():g}, learning rate {self._lr():g}. "
-                "The weights are those before this step. Lower model.lr or trainer.gradient_clip_val, lengthen "
-                "model.warmup_epochs, or train in fp32"
-            )
+        judged = self._loss if self.trainer.precision == "16-mixed" else self._grad_norm
+        may_step = self.may_step(
+            loss=self._loss, norm=self._grad_norm, judged=judged, batch_idx=self._batch_idx, lr=self._lr()
+        )
+        if not may_step or not gradient_clip_val:
+            return
+        if gradient_clip_algorithm in (None, "norm"):
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        else:
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.log("train/grad_norm", self._grad_norm, batch_size=len(batch[0]))

@@ -21,7 +21,8 @@ def check_ranges(hparams: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the setting, its value and its range.
     """
-    for name in ("lr", "min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "ema_start_epoch"):
+    at_least_0 = ("min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "ema_start_epoch", "skip_nonfinite")
+    for name in ("lr", *at_least_0):
         least = "positive" if name == "lr" else "at least 0"
         if not 0 <= hparams[name] < math.inf or (name == "lr" and hparams[name] == 0):  # nan compares false
             raise ValueError(f"model.{name} is {hparams[name]}: it must be {least}, and finite")

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .batching import limited, optimizer_steps, split_batch, useful_workers
 from .predict import PredictImages, find_images
-from .sampling import EvalSampler, ResumableLoader, TrainSampler, pass_batch
+from .sampling import EvalSampler, ResumableLoader, TrainSampler, epoch_order, pass_batch
 from .transforms import KeyedRandomErasing, Transform, check_share
 from .workers import outlive_signals
 
@@ -210,6 +210,12 @@ class ImageDataModule(pl.LightningDataModule):
             # Without its own generator every iterator draws its workers' seed from the main process's.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def images_of_step(self, epoch: int, batch: int) -> list[int]:
+        """Numbers of the training images, of all ranks, in the optimizer step that batch `batch` of an epoch is in."""
+        number = batch // self.accumulation
+        order_N = epoch_order(len(self.train_set), seed=self.seed, epoch=epoch)  # type: ignore[arg-type]
+        return order_N[number * self.batch_size : (number + 1) * self.batch_size].tolist()
 
     # ---- batch arithmetic
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from .images import UnreadableImageError
 from .skipping import SkipList
+from .workers import sigterm_blocked
 
 Key = tuple[int, int]  # (epoch, index)
 _MOST_DRAWS = 100  # of an image in the place of an unreadable one, before most of the set must be unreadable
@@ -82,13 +83,17 @@ class TrainSampler(_KeySampler):
 
     def __iter__(self) -> Iterator[Key]:  # type: ignore[override]
         epoch = self.epoch
-        generator = torch.Generator().manual_seed(seed_from(self.seed, 0 if self.fixed_order else epoch))
-        order_N = torch.randperm(self.size, generator=generator)[: self.used]
+        order_N = epoch_order(self.size, seed=self.seed, epoch=0 if self.fixed_order else epoch)[: self.used]
         mine = order_N[self.rank :: self.world]
         resumed_epoch, skip = self._resumed
         # The loader may be iterated more than once, so the offset belongs to an epoch, not to the first iterator.
         for index in mine[skip if epoch == resumed_epoch else 0 :].numpy():
             yield epoch, int(index)
+
+
+def epoch_order(size: int, *, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch goes through the images (size,)."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed_from(seed, epoch)))
 
 
 class EvalSampler(_KeySampler):
@@ -203,7 +208,14 @@ class KeyedImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 class ResumableLoader(DataLoader[tuple[Tensor, Tensor]]):
-    """Tells Lightning, which would warn otherwise, that resuming within an epoch is seen to: by the data module."""
+    """Tells Lightning, which would warn otherwise, that resuming within an epoch is seen to: by the data module.
+
+    And forks its workers so that they outlive signals, see `workers`.
+    """
+
+    def __iter__(self) -> Any:
+        with sigterm_blocked():
+            return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         return {}

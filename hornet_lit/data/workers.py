@@ -5,6 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def sigterm_blocked() -> Iterator[None]:
+    """Processes that are forked within the block are born with SIGTERM blocked, and so are their threads.
+
+    Torch starts threads in a worker before its `worker_init_fn`; one of them with an open mask would take the signal.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def outlive_signals(worker_id: int) -> None:

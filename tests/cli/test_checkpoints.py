@@ -158,6 +158,14 @@ def test_last_and_best(run: Run, checkpoint: Path) -> None:
         result = run("validate", "--ckpt_path", which, *ON_CPU)
         assert result.code == 0, result.err[-2000:]
         assert f"--ckpt_path {which}: {folder / name}" in result.err
+    last = folder / "last.ckpt"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-100])
+    result = run("validate", "--ckpt_path", "last", *ON_CPU)
+    assert result.code == 0, result.err[-2000:]
+    assert f"skipped: --ckpt_path {last} cannot be read" in result.err
+    assert f"--ckpt_path last: {folder / 'epoch000-step2.ckpt'}" in result.err
+    last.write_bytes(whole)
     (folder / "epoch000-step2.ckpt").unlink()
     result = run("validate", "--ckpt_path", "best")
     assert result.code == 2 and "names no best checkpoint that still exists" in result.error[0]

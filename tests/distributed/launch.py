@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.signals import ROOT, Run
+from tests.distributed.started import ROOT, Run
 
 SHORT = [
     *("--trainer.max_epochs", "2", "--trainer.limit_train_batches", "6", "--trainer.limit_val_batches", "1"),
@@ -78,15 +78,3 @@ def test_torchrun_restarts_a_killed_process(reference: Run, tmp_path: Path) -> N
     assert code == 0, run.log.read_text()[-3000:]
     assert "--ckpt_path auto: runs/digits/run/checkpoints/last.ckpt" in run.log.read_text()
     assert_same(run, reference)
-
-
-def test_a_signal_to_one_process_ends_both(tmp_path: Path) -> None:
-    """SIGINT to the process that Lightning started; all signals to either: `python -m tests.distributed.signals`."""
-    run = Run(tmp_path, launch="ddp", beacon={}, words=["--trainer.max_epochs", "1000"])
-    pids = run.pids()
-    os.kill(pids[1], signal.SIGINT)
-    code, _ = run.wait(list(pids.values()), timeout=300)
-    log = run.log.read_text()
-    assert code == 130 and "Traceback" not in log, log[-3000:]
-    step = run.checkpoint()["global_step"]
-    assert f"SIGINT: ended after step {step}; go on with --ckpt_path runs/digits/run/checkpoints/last.ckpt" in log

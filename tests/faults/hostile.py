@@ -18,7 +18,6 @@ import torch.distributed.checkpoint as dcp
 from hornet_lit import sharded
 from hornet_lit.cli import UNSAFE_LOAD
 
-from . import naming, sizes
 from .command import ask, empty_folder
 from .row import Row
 
@@ -42,7 +41,7 @@ class Payload:
 
 
 def rows(*, thorough: bool) -> Iterator[Row]:
-    """Pickles, contents of checkpoints, archives, URLs; class names (naming.py); sizes (sizes.py)."""
+    """Pickles, contents of checkpoints, archives, URLs; class names are in naming.py, sizes in sizes.py."""
     for forced in (False, True) if thorough else (True,):
         with empty_folder() as folder:
             proof = folder / "proof"
@@ -51,12 +50,7 @@ def rows(*, thorough: bool) -> Iterator[Row]:
             for case, words in cases if thorough else cases[::4]:
                 yield asked(case, words, proof, forced=forced)
     with empty_folder():
-        yield from naming.rows(thorough=thorough)
-    with empty_folder():
         yield from archives()
-    if thorough:
-        with empty_folder():
-            yield from sizes.rows()
 
 
 def asked(case: str, words: list[str | Path], proof: Path, *, forced: bool) -> Row:

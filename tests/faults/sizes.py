@@ -19,7 +19,7 @@ from PIL import Image
 
 from hornet_lit.cli_errors import MAX_LINES
 
-from .command import PREFIX
+from .command import PREFIX, empty_folder
 from .row import Row
 
 GIB = 2**30
@@ -29,8 +29,14 @@ SECONDS = 120
 DIGITS = ["--config", "digits", "--trainer.accelerator", "cpu"]
 
 
-def rows() -> Iterator[Row]:
-    """In the current folder."""
+def rows(*, thorough: bool) -> Iterator[Row]:
+    """Gigabytes of files, so that the fast subset has none: test_hostile.py reads two without writing them out."""
+    if thorough:
+        with empty_folder():
+            yield from _rows()
+
+
+def _rows() -> Iterator[Row]:
     Path("images/train/a").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save("images/train/a/0.png")
     for case, make, words in attacks():

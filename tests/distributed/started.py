@@ -1,18 +1,11 @@
-"""Signals to a training of two processes, each started as a user would: exit codes, times, and what is left.
-
-python -m tests.distributed.signals                       # each signal to each rank, 10 times: a Markdown table
-python -m tests.distributed.signals --times 3 --launch torchrun
-"""
+"""Trainings of two processes, each started as a user would: by the strategy itself, torchrun, or SLURM (simulated)."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +15,6 @@ import lightning.pytorch as pl
 import torch
 import yaml
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL)
 ROOT = Path(__file__).parents[2]
 SMALL_NETWORK = {"network_options": {"base_dim": 8, "depths": [1, 1, 1, 1]}, "warmup_epochs": 0}
 PYTHON, FIT = [sys.executable], ["-m", "tests.distributed.command", "fit", "--config", "digits", "--ckpt_path", "auto"]
@@ -179,58 +171,3 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def measure(folder: Path, *, launch: str, signum: int, rank: int) -> tuple[int, float, str]:
-    """(exit code, seconds until all had gone, what is wrong or "")."""
-    run = Run(folder, launch=launch, beacon={}, words=["--trainer.max_epochs", "1000"])
-    pids = run.pids()
-    time.sleep(random.random())
-    os.kill(pids[rank], signum)
-    code, seconds = run.wait(list(pids.values()))
-    log = run.log.read_text()
-    if signum == signal.SIGKILL:
-        told = "another process of this run has gone" in log or "terminated with code" in log or "has gone" in log
-        return code, seconds, "" if told or launch == "torchrun" else "no message"
-    lines = [line for line in log.splitlines() if "ended after step" in line]
-    if len(lines) != 1 or not lines[0].endswith("last.ckpt") or (launch == "ddp" and "Traceback" in log):
-        return code, seconds, f"log: {log[-1500:]}"
-    step = int(lines[0].split("after step ")[1].split(";")[0])
-    saved = run.checkpoint()["global_step"]
-    return code, seconds, "" if saved == step else f"ended after step {step}, saved at {saved}"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=int, default=10)
-    parser.add_argument("--launch", choices=["ddp", "torchrun"], default="ddp")
-    given = parser.parse_args()
-    expected = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
-    bad = 0
-    print(
-        f"| {given.launch} 2: signal | to rank | times | exit codes | seconds until all gone | wrong |\n|" + "---|" * 6
-    )
-    for signum in SIGNALS:
-        for rank in range(2):
-            results = []
-            for _ in range(given.times):
-                with tempfile.TemporaryDirectory() as scratch:
-                    results.append(measure(Path(scratch), launch=given.launch, signum=signum, rank=rank))
-            codes = sorted({code for code, _, _ in results})
-            times = sorted(seconds for _, seconds, _ in results)
-            wrong = [problem for _, _, problem in results if problem]
-            limit = 60 if signum == signal.SIGKILL else 30
-            if given.launch == "ddp" and signum in expected and codes != [expected[signum]]:
-                wrong.append(f"exit codes {codes}")
-            wrong += [f"{times[-1]:.1f} s"] if times[-1] > limit else []
-            bad += len(wrong)
-            print(
-                f"| {signum.name} | {rank} | {given.times} | {', '.join(map(str, codes))} "
-                f"| {times[len(times) // 2]:.1f} (at most {times[-1]:.1f}) | {'; '.join(wrong) or 'nothing'} |",
-                flush=True,
-            )
-    return min(bad, 1)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

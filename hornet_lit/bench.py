@@ -1,0 +1,287 @@
+"""How fast a network is and what memory it takes, on this machine: several interleaved, beside the machine's own limit.
+
+Timings on shared machines drift by tens of per cent within minutes. So all that is compared takes turns in one run,
+the median of the turns is reported with their range, and the rate of a plain matrix product, in the same turns, says
+what the machine could have done.
+
+Shapes: B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hornet_lit.network.build import build_network
+
+STEPS = ("infer", "train")
+PRECISIONS = ("32", "bf16-mixed", "bf16")
+COMPILE_MODES = ("none", "default", "reduce-overhead", "max-autotune")
+CLASSES = 1000
+PRODUCT_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        network: name registered with timm.
+        step: "infer" (forward) or "train" (forward, cross-entropy, backward, AdamW).
+        size: side of the images. batch: images a step.
+        precision: "32"; "bf16-mixed", autocast; "bf16", weights and images too.
+        channels_last: layout of weights and images.
+        compile: "none", or a mode of torch.compile; inference is frozen then (weights become constants).
+    """
+
+    network: str
+    step: str
+    size: int
+    batch: int
+    precision: str
+    channels_last: bool
+    compile: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Of one setting; the times in seconds a step, in the order in which they were taken.
+
+    Attributes:
+        times: of each turn.
+        gflops: 10⁹ floating-point operations an image, of a whole step; a multiplication and an addition are two.
+        product_rate: 10⁹ operations a second of the best square matrix product in this type, the median of its turns.
+        peak_bytes: memory in tensors at the most, weights, gradients and optimizer state included.
+        saved_bytes: kept an image from the forward for the backward pass, weights left out; None for inference.
+    """
+
+    setting: Setting
+    times: list[float]
+    gflops: float
+    product_rate: float
+    peak_bytes: int
+    saved_bytes: float | None
+
+    @property
+    def images_per_second(self) -> float:
+        return self.setting.batch / statistics.median(self.times)
+
+    @property
+    def share(self) -> float:
+        """Of the matrix product's rate."""
+        return self.gflops * self.images_per_second / self.product_rate
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"images_per_second": self.images_per_second, "share_of_product_rate": self.share}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures hold for."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    about = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return about | {"python": platform.python_version()}
+
+
+def measure(
+    settings: Sequence[Setting], *, device: torch.device, repeats: int, turn_done: Callable[[], None] = lambda: None
+) -> list[Result]:
+    """Measures settings that share size, batch, step and precision, in turns.
+
+    Args:
+        settings: to take turns.
+        device: CPU or CUDA.
+        repeats: turns.
+        turn_done: called after each step and product of a turn, `repeats` × (settings + 1) times.
+
+    Raises:
+        ValueError: for a network that is unknown or does not take this size.
+    """
+    runs = [_Run(setting, device) for setting in settings]
+    product = _best_product(device, torch.float32 if settings[0].precision == "32" else torch.bfloat16)
+    rates = []
+    for _ in range(repeats):
+        for run in runs:
+            run.take_turn()
+            turn_done()
+        rates.append(product())
+        turn_done()
+    rate = statistics.median(rates)
+    return [run.result(product_rate=rate) for run in runs]
+
+
+class _Run:
+    """One setting, warmed up, with its counts made."""
+
+    def __init__(self, setting: Setting, device: torch.device) -> None:
+        self.setting, self.device = setting, device
+        torch.manual_seed(0)
+        network = _build(setting.network, setting.size)
+        dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+        layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+        self.network = network.to(device, dtype, memory_format=layout).train(setting.step == "train")
+        self.x_BCHW = torch.randn(setting.batch, 3, setting.size, setting.size, device=device, dtype=dtype)
+        self.x_BCHW = self.x_BCHW.contiguous(memory_format=layout)
+        self.y_B = torch.randint(0, CLASSES, (setting.batch,), device=device)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-6, fused=True)
+        with FlopCounterMode(display=False, custom_mapping=_flop_formulas()) as counter:
+            self.step()
+        self.gflops = counter.get_total_flops() / setting.batch / 1e9
+        self.saved_bytes = _saved_bytes(self) if setting.step == "train" else None
+        if setting.compile != "none":
+            self.network.compile(mode=None if setting.compile == "default" else setting.compile)
+        for _ in range(2):
+            self.step()
+        self.peak_bytes = _peak_bytes(self)
+        self.times: list[float] = []
+
+    def step(self) -> None:
+        if self.setting.step == "infer":
+            # Not inference_mode, under which torch.compile does not freeze the weights.
+            with torch.no_grad(), self._frozen(), self._autocast():
+                self.network(self.x_BCHW)
+            return
+        with self._autocast():
+            logits_BK = self.network(self.x_BCHW)
+        F.cross_entropy(logits_BK.float(), self.y_B).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def take_turn(self) -> None:
+        _wait(self.device)
+        started = time.perf_counter()
+        self.step()
+        _wait(self.device)
+        self.times.append(time.perf_counter() - started)
+
+    def result(self, *, product_rate: float) -> Result:
+        return Result(
+            setting=self.setting,
+            times=self.times,
+            gflops=self.gflops,
+            product_rate=product_rate,
+            peak_bytes=self.peak_bytes,
+            saved_bytes=self.saved_bytes,
+        )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        mixed = self.setting.precision == "bf16-mixed"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if mixed else nullcontext()
+
+    def _frozen(self) -> AbstractContextManager[Any]:
+        if self.setting.compile == "none":
+            return nullcontext()
+        from torch._inductor import config
+
+        return config.patch(freezing=True)
+
+
+def _build(name: str, size: int) -> nn.Module:
+    try:
+        return build_network(name, num_classes=CLASSES, img_size=size)
+    except ValueError as error:
+        if "'img_size'" not in str(error):
+            raise
+        return build_network(name, num_classes=CLASSES)  # one that takes any size, and no option
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _best_product(device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
+    """A function that times the fastest of some square matrix products once and gives its rate in 10⁹ a second."""
+
+    def product(n: int) -> Callable[[], float]:
+        a_NN, b_NN = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+
+        def rate() -> float:
+            _wait(device)
+            started = time.perf_counter()
+            a_NN @ b_NN
+            _wait(device)
+            return 2 * n**3 / (time.perf_counter() - started) / 1e9
+
+        return rate
+
+    candidates = [product(n) for n in PRODUCT_SIZES[device.type]]
+    for candidate in candidates:
+        candidate()
+    return max(candidates, key=lambda candidate: statistics.median(candidate() for _ in range(3)))
+
+
+def _saved_bytes(run: _Run) -> float:
+    """Bytes an image of what autograd keeps, each memory once, and none of the weights."""
+    kept = {p.untyped_storage().data_ptr() for p in run.network.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in kept:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), run._autocast():
+        logits_BK = run.network(run.x_BCHW)
+    del logits_BK
+    return sum(found.values()) / run.setting.batch
+
+
+def _peak_bytes(run: _Run) -> int:
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+        run.step()
+        return torch.cuda.max_memory_allocated(run.device)
+    states = [value for state in run.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    held = sum(t.nbytes for t in (*run.network.parameters(), *run.network.buffers(), *states, run.x_BCHW))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run.step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return held + peak
+
+
+def _flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Of the operations that torch's counter does not know, and of one that it overrates: real FFTs, our depth-wise
+    weight gradient, and the gradients of grouped convolutions, which it counts as if there were one group."""
+
+    def fft(x_shape: Sequence[int], dim: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        # Half of a complex FFT of the real side's size: 5 N log2 N operations, Cooley and Tukey's count.
+        places = [d % len(x_shape) for d in dim]
+        points = math.prod(max(x_shape[d], out_shape[d]) for d in places)
+        planes = math.prod(length for d, length in enumerate(x_shape) if d not in places)
+        return int(planes * 2.5 * points * math.log2(points))
+
+    def weight_gradient(x_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
+        b, c, h, w = x_shape
+        return 2 * b * c * h * w * args[1] ** 2
+
+    def convolution_gradients(
+        grad_shape: Sequence[int], x_shape: Sequence[int], w_shape: Sequence[int], *args: Any, **kwargs: Any
+    ) -> int:
+        wanted = kwargs.get("output_mask", args[-1])
+        each = 2 * grad_shape[0] * math.prod(grad_shape[2:]) * math.prod(w_shape)
+        return each * sum(wanted[:2])
+
+    aten = torch.ops.aten
+    return {
+        aten.convolution_backward: convolution_gradients,
+        aten._fft_r2c: fft,
+        aten._fft_c2r: fft,
+        torch.ops.hornet_lit.depthwise_weight_grad: weight_gradient,
+    }

@@ -1,0 +1,67 @@
+"""hornet-lit bench: what it prints, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hornet_lit.bench import Setting, measure
+from hornet_lit.cli_errors import MAX_LINES
+
+from .conftest import Run
+
+
+def test_a_sweep_of_two_networks(run: Run) -> None:
+    words = "bench hornet_pico_32 --against convnext_atto --size 32 64 --batch 2 --repeats 2 --threads 1 --output out"
+    result = run(*shlex.split(words))
+    assert result.code == 0, result.err[-2000:]
+    written = json.loads(Path("out/bench.json").read_text())
+    found = {tuple(r["setting"][key] for key in ("network", "step", "size")): r for r in written["results"]}
+    assert len(found) == 8 and all(len(r["times"]) == 2 and r["images_per_second"] > 0 for r in found.values())
+    for network in ("hornet_pico_32", "convnext_atto"):
+        infer, train = found[network, "infer", 64], found[network, "train", 64]
+        # A training step is the forward and two products as large, but for the gradient of the images.
+        assert 2.8 < train["gflops"] / infer["gflops"] <= 3
+        assert 3.5 < infer["gflops"] / found[network, "infer", 32]["gflops"] < 4.5
+        assert train["saved_bytes"] > 3.5 * found[network, "train", 32]["saved_bytes"] > 0
+        assert train["peak_bytes"] > infer["peak_bytes"] and infer["saved_bytes"] is None
+    assert "hornet_pico_32" in result.out and "of product" in result.out and "saved MiB/img" in result.out
+    assert Image.open("out/bench.png").width > 500
+
+
+def test_operations_are_those_of_the_paper() -> None:
+    """4.0 and 3.9 · 10⁹ multiplications and additions of HorNet-T (7×7 and GF) at 224² (table 1 of the paper)."""
+    import torch
+
+    settings = [
+        Setting(network=name, step="infer", size=224, batch=1, precision="32", channels_last=True, compile="none")
+        for name in ("hornet_tiny_7x7", "hornet_tiny_gf")
+    ]
+    plain, gf = measure(settings, device=torch.device("cpu"), repeats=1)
+    assert plain.gflops / 2 == pytest.approx(4.0, abs=0.05)
+    assert gf.gflops / 2 == pytest.approx(3.9, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        ("", "the following arguments are required: NETWORK"),
+        ("hornet_tny_7x7", "no network named 'hornet_tny_7x7': did you mean hornet_tiny_7x7"),
+        ("hornet_pico_32 --size 0", "--size must be positive, got 0"),
+        ("hornet_pico_32 --repeats 0", "--repeats must be positive, got 0"),
+        ("hornet_pico_32 --precision 8", "argument --precision: invalid choice: '8'"),
+        ("hornet_pico_32 --device cuda", "--device cuda: torch sees no CUDA device here"),
+    ],
+)
+def test_wrong_options(words: str, first: str, run: Run) -> None:
+    import torch
+
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = run("bench", *shlex.split(words))
+    assert result.code == 2 and first in result.error[0] and len(result.error) <= MAX_LINES
+    assert not Path("bench").exists()
