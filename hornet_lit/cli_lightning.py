@@ -12,14 +12,17 @@ What is ours here, and why:
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -65,6 +68,8 @@ def run(command: str, words: Sequence[str], *, process: Process) -> None:
     """Runs fit, validate, test or predict with the options `words`; UserError for what the user can mend."""
     progress: dict[str, bool] = {}
     _quieten()
+    if (attempt := os.environ.get("TORCHELASTIC_RESTART_COUNT")) is not None:
+        _keep_apart(attempt)
     try:
         HornetCLI(command, words, progress=progress, process=process)
     except Exception as error:
@@ -84,6 +89,21 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint need to be provided")
     warnings.filterwarnings("ignore", message=r".*does not have many workers")
+
+
+def _keep_apart(attempt: str) -> None:
+    """Keeps what processes tell each other through torchrun's store apart from what they did before a restart.
+
+    torch 2.15 does not: a process that is faster than its neighbour reads the address that the neighbour had in the
+    last attempt, and cannot connect (2 of 2 restarts with gloo).
+    """
+    rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # the name itself is a function's
+    create = rendezvous._create_c10d_store
+
+    def create_for_attempt(*args: Any, **kwargs: Any) -> torch.distributed.Store:
+        return torch.distributed.PrefixStore(f"attempt_{attempt}", create(*args, **kwargs))
+
+    rendezvous._create_c10d_store = create_for_attempt
 
 
 @rank_zero_only

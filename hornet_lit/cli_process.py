@@ -2,6 +2,7 @@
 
 A signal ends the command at once, but once a training steps it is only noted: `hornet_lit.cli_stop` then ends all
 processes together, at the next optimizer step and with a checkpoint. A second signal ends the process at once.
+One that hangs in a collective, because another process has gone, runs no handler: a thread ends it in the end.
 Exit codes: 143 after SIGTERM and SIGUSR1 (the warning that SLURM can be asked for), 130 after SIGINT (Ctrl-C).
 
 Nothing here imports torch: the handlers are set before the imports, which take seconds.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -24,6 +26,8 @@ from typing import Any, NoReturn
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # where torchrun, SLURM and Lightning tell a process its number
 STARTED_BY = "HORNET_LIT_PID"  # tells a process that Lightning starts (strategy ddp without torchrun) who its parent is
+ANSWER_WITHIN = 20  # seconds for a handler to run: Python's wait for the call into C that the main thread is in
+AGAIN_WITHIN = 2  # seconds, for a second signal
 LEAVE_WITHIN = 15  # seconds for curves, metrics.csv and Lightning's teardown once a run is to end
 CHILDREN_WITHIN = 10  # seconds for the processes that this one started, once it is done itself
 
@@ -65,6 +69,7 @@ class Process:
         self._parent = os.getppid() if launched else 0
         self._leaving = False
         self._deadline: float | None = None
+        self._rope = -1
         self._children: list[subprocess.Popen[Any]] = []
 
     @contextmanager
@@ -74,16 +79,25 @@ class Process:
             yield  # where Python lets nobody set a handler
             return
         os.environ[STARTED_BY] = str(self._pid)
+        bell, self._rope = os.pipe()  # Python writes each signal's number to it at once, the handler a 0
+        os.set_blocking(self._rope, False)
         previous = {each: signal.signal(each, self._handle) for each in SIGNALS}
+        previous_rope = signal.set_wakeup_fd(self._rope, warn_on_full_buffer=False)
         done = threading.Event()
-        threading.Thread(target=self._watch, args=(done,), name="hornet-lit-watch", daemon=True).start()
+        watch = threading.Thread(target=self._watch, args=(done, bell), name="hornet-lit-watch", daemon=True)
+        watch.start()
         try:
             yield
         finally:
-            done.set()
+            signal.set_wakeup_fd(previous_rope)
             for each, handler in previous.items():
                 signal.signal(each, handler)
             os.environ.pop(STARTED_BY, None)
+            done.set()
+            os.write(self._rope, b"\0")
+            watch.join()
+            os.close(self._rope)
+            os.close(bell)
 
     def leave(self, signum: int) -> None:
         """The checkpoint is written, the run ends now; further signals change nothing, and a hang is cut off."""
@@ -118,7 +132,10 @@ class Process:
     # ---- signals
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
-        if os.getpid() != self._pid or self._leaving:  # a forked loader process; or an end that is under way
+        if os.getpid() != self._pid:  # a forked loader process
+            return
+        os.write(self._rope, b"\0")
+        if self._leaving:
             return
         if self.noted is not None:
             self._end(exit_code(signum))
@@ -145,10 +162,32 @@ class Process:
         self._kill_children()
         os._exit(code)
 
-    def _watch(self, done: threading.Event) -> None:
-        while not done.wait(1):
+    def _watch(self, done: threading.Event, bell: int) -> None:
+        waiting: tuple[int, float] | None = None  # a signal without an answer, and since when
+        while not done.is_set():
+            rung = os.read(bell, 64) if select.select([bell], [], [], 1)[0] else b""
+            for number in rung:
+                if number == 0:
+                    waiting = None
+                elif number in SIGNALS and waiting is None:
+                    waiting = number, time.monotonic()
+            if waiting is not None:
+                limit = ANSWER_WITHIN if self.noted is None else AGAIN_WITHIN
+                if time.monotonic() > waiting[1] + limit:
+                    self.say(f"{signal.Signals(waiting[0]).name}: ended, since this process answered nothing")
+                    self._end(exit_code(waiting[0]))
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._end(exit_code(self.noted or signal.SIGTERM))
             if self._parent and os.getppid() != self._parent:
                 self.say("the process that started this one has gone: ended")
                 os._exit(1)
+
+
+def _leave_the_rope() -> None:
+    """In a forked process, whose signals are not its parent's."""
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_the_rope)

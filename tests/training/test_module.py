@@ -189,6 +189,7 @@ ALLOWED = {
     "data": {"data"},
     "writers": {"writers"},
     "optim": {"optim"},
+    "bench": {"bench", "network"},
     "durable": {"durable"},
     "guard": {"guard"},
     "sharded": {"sharded", "durable"},

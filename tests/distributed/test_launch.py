@@ -1,9 +1,4 @@
-"""Started as users start it, with two processes: under SLURM (simulated), by torchrun, and by the strategy itself.
-
-    python -m pytest tests/distributed/launch.py
-
-Not among the ordinary tests: on a busy machine of two cores the processes' start-up takes minutes.
-"""
+"""Started as users start it, with two processes: under SLURM (simulated), and by torchrun, which restarts them."""
 
 from __future__ import annotations
 
