@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .batching import limited, optimizer_steps, split_batch, useful_workers
+from .batching import limited, optimizer_steps, resume_at_epoch_end, split_batch, useful_workers
 from .predict import PredictImages, find_images
 from .sampling import EvalSampler, ResumableLoader, TrainSampler, epoch_order, pass_batch
 from .transforms import KeyedRandomErasing, Transform, check_share
@@ -160,7 +160,7 @@ class ImageDataModule(pl.LightningDataModule):
         world, rank = self._world()
         epoch, batches = self._resume
         if self.trainer is not None:
-            _resume_at_epoch_end(self.trainer)
+            resume_at_epoch_end(self.trainer)
             # reload_dataloaders_every_n_epochs asks for a loader again in later epochs.
             now = self.trainer.fit_loop.epoch_progress.current.processed
             epoch, batches = (epoch, batches) if epoch >= now else (now, 0)
@@ -391,16 +391,3 @@ class ImageDataModule(pl.LightningDataModule):
     @staticmethod
     def _channels(values: Sequence[float], like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
-
-
-def _resume_at_epoch_end(trainer: pl.Trainer) -> None:
-    """Let a run with max_steps go on with the next epoch when its checkpoint was saved after the end of one.
-
-    With max_steps Lightning 2.6.6 takes every resumed run to be within an epoch, keeps the finished epoch's batch
-    counters and so skips the next one. With max_epochs alone it takes the branch that this chooses.
-    """
-    loop = trainer.fit_loop
-    epochs = loop.epoch_progress.current
-    if loop.restarting and trainer.max_steps != -1 and 0 < epochs.started == epochs.processed:
-        loop._restarting = False  # its setter would put it back to True
-        loop.epoch_loop.restarting = False

@@ -1,4 +1,4 @@
-"""How one global training batch is split over devices and micro-batches: plain arithmetic, no tensors.
+"""How one global training batch is split over devices and micro-batches, and how many make an epoch: no tensors.
 
 A recipe states the global batch once; micro-batch and accumulation follow from the number of devices, so that
 `world * micro * accumulation == batch_size` always holds or the user is told what to change.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+
+import lightning.pytorch as pl
 
 
 def split_batch(*, batch_size: int, world: int, batch_size_per_device: int | None = None) -> tuple[int, int]:
@@ -73,3 +75,16 @@ def useful_workers(asked: int, *, batches: int) -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(asked, max(cores, 1), max(batches, 1))
+
+
+def resume_at_epoch_end(trainer: pl.Trainer) -> None:
+    """Let a run with max_steps go on with the next epoch when its checkpoint was saved after the end of one.
+
+    With max_steps Lightning 2.6.6 takes every resumed run to be within an epoch, keeps the finished epoch's batch
+    counters and so skips the next one. With max_epochs alone it takes the branch that this chooses.
+    """
+    loop = trainer.fit_loop
+    epochs = loop.epoch_progress.current
+    if loop.restarting and trainer.max_steps != -1 and 0 < epochs.started == epochs.processed:
+        loop._restarting = False  # its setter would put it back to True
+        loop.epoch_loop.restarting = False

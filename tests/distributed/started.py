@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 SMALL_NETWORK = {"network_options": {"base_dim": 8, "depths": [1, 1, 1, 1]}, "warmup_epochs": 0}
 PYTHON, FIT = [sys.executable], ["-m", "tests.distributed.command", "fit", "--config", "digits", "--ckpt_path", "auto"]
 TORCHRUN = [*PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+# What a training of several processes leaves in the environment: a process that finds it takes itself for one of them.
+LEFT = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")
 LAUNCHERS = {
     "ddp": [*PYTHON, *FIT],
     "torchrun": [*TORCHRUN, *FIT],
@@ -109,7 +111,8 @@ class Run:
             config["trainer"]["callbacks+"] = [{"class_path": f"{__spec__.name}.Beacon", "init_args": init_args}]
         (folder / "run.yaml").write_text(yaml.safe_dump(config))
         command = [*LAUNCHERS[launch], "--config", "run.yaml", *words]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {name: value for name, value in os.environ.items() if name not in LEFT}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         if launch == "slurm":
             environment |= JOB | {"PATH": f"{_programs(folder)}:{os.environ['PATH']}"}
         self.folder = folder / "runs" / "digits" / ("slurm-4711" if launch == "slurm" else "run")
