@@ -7,24 +7,18 @@ import itertools
 import json
 import os
 import statistics
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from hornet_lit import __version__
 from hornet_lit.cli_errors import UserError, told
+from hornet_lit.cli_parts import OptionParser, progress_bar
 
 if TYPE_CHECKING:
     from hornet_lit.bench import Result
 
 EXAMPLE = "hornet-lit bench hornet_tiny_7x7 --against convnext_tiny"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}\n`hornet-lit bench --help` lists the options; for example: {EXAMPLE}")
 
 
 def run(words: list[str]) -> None:
@@ -50,7 +44,7 @@ def run(words: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OptionParser(
         prog="hornet-lit bench",
         description="Images per second, memory and floating-point operations of networks on random images. All "
         "networks and a plain matrix product take turns; medians are shown with their range. 'of product' is the "
@@ -103,9 +97,9 @@ def _bench(options: argparse.Namespace, output: Path) -> None:
         for step, size, batch in itertools.product(steps, options.size, options.batch)
     ]
     results: list[Result] = []
-    with _progress(len(groups) * (len(names) + 1) * options.repeats) as turn_done:
+    with progress_bar("measuring", len(groups) * (len(names) + 1) * options.repeats) as advance:
         for settings in groups:
-            results += bench.measure(settings, device=device, repeats=options.repeats, turn_done=turn_done)
+            results += bench.measure(settings, device=device, repeats=options.repeats, turn_done=lambda: advance(1))
     about = {"hornet_lit": __version__, **bench.machine(device), "repeats": options.repeats}
     print(table(results, machine=about))
     output.mkdir(parents=True, exist_ok=True)
@@ -119,17 +113,6 @@ def _bench(options: argparse.Namespace, output: Path) -> None:
         over = "size" if len(options.size) > 1 else "batch"
         draw_sweep([result.plain() for result in results], over=over, picture=output / "bench.png")
         print(output / "bench.png")
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda: progress.advance(task)
 
 
 def table(results: Sequence[Result], *, machine: dict[str, object]) -> str:

@@ -9,16 +9,14 @@ import argparse
 import csv
 import json
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hornet_lit.cli_convert import OptionParser
 from hornet_lit.cli_errors import UserError
+from hornet_lit.cli_parts import OptionParser, progress_bar
 
 if TYPE_CHECKING:
     from hornet_lit.data.checking import Findings
@@ -53,7 +51,7 @@ def run(words: list[str]) -> None:
     try:
         opened = _open(options)
         findings = {}
-        with _progress(sum(map(len, opened.splits.values()))) as advance:
+        with progress_bar("reading", sum(map(len, opened.splits.values()))) as advance:
             for split, images in opened.splits.items():
                 findings[split] = checking.inspect(images, workers=options.workers, advance=advance)
     except KeyboardInterrupt:
@@ -103,17 +101,6 @@ def _options(words: list[str]) -> argparse.Namespace:
     if options.workers < 0:
         raise UserError(f"--workers {options.workers}: give a number of processes, or 0 to read in this one")
     return options
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("reading", total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 # ---- what PATH is

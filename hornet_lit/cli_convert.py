@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hornet_lit.cli_errors import UserError, told
+from hornet_lit.cli_parts import OptionParser
 from hornet_lit.durable import whole_file
 
 FORMATS = (".ckpt", ".safetensors")
-
-
-class OptionParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}\n{self.format_usage().strip()}")
 
 
 def run(words: list[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)  # SMB, some of FUSE
 WRITING = ".writing"  # ends the names of files that are not whole yet; they begin with a dot
 
 
@@ -37,10 +39,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def flush_folder(path: Path) -> None:
-    """fsync of a folder: its renames survive a power cut."""
+    """fsync of a folder: its renames survive a power cut. Where the file system has no such thing, nothing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

@@ -9,7 +9,9 @@ Exit code 1 where a row is not right.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +36,7 @@ def main(names: list[str]) -> int:
         for row in module.rows(thorough=True):
             bad += not row.right
             outcome = " ".join(row.outcome.split()).replace("|", "\\|")
+            outcome = re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+", "…", outcome)
             print(f"| {row.case} | {outcome} | {'right' if row.right else 'WRONG'} |", flush=True)
         print(f"\n({time.monotonic() - started:.0f} s)\n", flush=True)
     return min(bad, 1)

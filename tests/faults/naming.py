@@ -61,7 +61,7 @@ def _rows(*, thorough: bool) -> Iterator[Row]:
                     yield Row(case=f"{where}: {case}", outcome=f"{'CODE RAN' if ran else ''} {answer}", right=False)
                 forget(proof)
             yield Row(
-                case=f"a {where} names a class that it must not",
+                case=f"{where}s that name a class they must not",
                 outcome=f"{sum(right)} of {len(right)} refused",
                 right=all(right),
             )
