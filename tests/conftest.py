@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import warnings
@@ -15,6 +16,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+
+# torch imports setuptools when it first compiles. Once, late in a whole run, that failed on an assertion of setuptools
+# that distutils is its own (cause not found; two threads importing it at once would explain it): so it comes first.
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
 
 GOLDEN = Path(__file__).parent / "golden"
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
