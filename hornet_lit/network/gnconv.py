@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hornet_lit.network.filters import Size
+from hornet_lit.network.layers import recomputed
 
 FilterFactory = Callable[..., nn.Module]
 
@@ -50,7 +51,10 @@ class GnConv(nn.Module):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         p_BCHW, q_BQHW = self.proj_in(x_BCHW).split((self.widths[0], sum(self.widths)), dim=1)
-        gate, *gates = self.dwconv(q_BQHW).split(self.widths, dim=1)
+        return recomputed(self._interact, p_BCHW, self.dwconv(q_BQHW))
+
+    def _interact(self, p_BCHW: torch.Tensor, gates_BQHW: torch.Tensor) -> torch.Tensor:
+        gate, *gates = gates_BQHW.split(self.widths, dim=1)
         p_BCHW = p_BCHW * gate
         for g, gate in zip(self.pws, gates, strict=True):
             p_BCHW = g(p_BCHW) * gate

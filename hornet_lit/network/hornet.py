@@ -15,6 +15,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from hornet_lit.network.filters import Size
+from hornet_lit.network.layers import GELU, ChannelLinear, recomputed
 
 MixerFactory = Callable[..., nn.Module]
 POOLS = ("avg", "max", "avgmax", "")
@@ -49,22 +50,25 @@ class Block(nn.Module):
         # Attribute names are those of the published checkpoints: "gnconv" is the mixer, whatever it is.
         self.gnconv = mixer(dim, size=size)
         self.norm2 = LayerNorm2d(dim, eps=1e-6)
-        self.pwconv1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.pwconv2 = nn.Linear(hidden, dim)
+        self.pwconv1 = ChannelLinear(dim, hidden)
+        self.act = GELU()
+        self.pwconv2 = ChannelLinear(hidden, dim)
         self.gamma1 = nn.Parameter(torch.full((dim,), float(ls_init_value))) if ls_init_value else None
         self.gamma2 = nn.Parameter(torch.full((dim,), float(ls_init_value))) if ls_init_value else None
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        y_BCHW = self.gnconv(self.norm1(x_BCHW))
-        if self.gamma1 is not None:
-            y_BCHW = self.gamma1.view(-1, 1, 1) * y_BCHW
-        x_BCHW = x_BCHW + self.drop_path(y_BCHW)
-        y_BHWC = self.pwconv2(self.act(self.pwconv1(self.norm2(x_BCHW).permute(0, 2, 3, 1))))
-        if self.gamma2 is not None:
-            y_BHWC = self.gamma2 * y_BHWC
-        return x_BCHW + self.drop_path(y_BHWC.permute(0, 3, 1, 2))
+        x_BCHW = self._add(x_BCHW, self.gnconv(self.norm1(x_BCHW)), self.gamma1)
+        hidden_BCHW = recomputed(lambda x: self.pwconv1(self.norm2(x)), x_BCHW)
+        y_BCHW = recomputed(lambda hidden: self.pwconv2(self.act(hidden)), hidden_BCHW)
+        return self._add(x_BCHW, y_BCHW, self.gamma2)
+
+    def _add(self, x_BCHW: torch.Tensor, y_BCHW: torch.Tensor, gamma_C: torch.Tensor | None) -> torch.Tensor:
+        """x + γ ⊙ y in one pass: stochastic depth drops γ, which is as small as the batch, in place of y."""
+        if gamma_C is None:
+            return x_BCHW + self.drop_path(y_BCHW)
+        gamma_BC11 = self.drop_path(gamma_C.view(1, -1, 1, 1).expand(x_BCHW.shape[0], -1, 1, 1))
+        return torch.addcmul(x_BCHW, y_BCHW, gamma_BC11)
 
 
 class HorNet(nn.Module):

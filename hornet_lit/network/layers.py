@@ -1,0 +1,46 @@
+"""What blocks and mixers are made of where torch.nn's own form is slower or keeps more memory, with the same values.
+
+Shapes: B batch, C channels, D channels out, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class ChannelLinear(nn.Linear):
+    """`nn.Linear` over the channels of a channels-last (B, C, H, W) map, as (B, D, H, W).
+
+    On CPUs it runs as a 1×1 convolution: the library's kernels for those are faster, the bias costs no pass of its own
+    (BENCHMARKS.md), and both gradients come from them too.
+    """
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        if x_BCHW.device.type == "cpu" and not torch.compiler.is_exporting():
+            return F.conv2d(x_BCHW, self.weight[:, :, None, None], self.bias)
+        return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GELU(nn.GELU):
+    """`nn.GELU` that overwrites its input where no gradient is recorded: the block's largest tensor exists once."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        return torch.ops.aten.gelu_(x, approximate=self.approximate)
+
+
+def recomputed(region: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """``region(*inputs)``, of which autograd keeps the inputs alone and computes the rest again when it needs it.
+
+    The region must be free of random numbers. Its last operation is not run again: recomputation ends as soon as all
+    tensors that were not kept are there, and the last operation needs only its inputs.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled, the partitioner decides
+        return region(*inputs)
+    return checkpoint(region, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
