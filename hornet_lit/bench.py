@@ -9,6 +9,7 @@ Shapes: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
 import statistics
@@ -222,21 +223,29 @@ def _best_product(device: torch.device, dtype: torch.dtype) -> Callable[[], floa
     return max(candidates, key=lambda candidate: statistics.median(candidate() for _ in range(3)))
 
 
+def held_bytes(forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """``forward()`` and the bytes of CPU memory that are held because its result is: what autograd keeps.
+
+    Counted by what is allocated and not freed: autograd does not know what recomputation holds.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = forward()
+    return result, sum(_allocations(profile)) - result.untyped_storage().nbytes()
+
+
 def _saved_bytes(run: _Run) -> float:
-    """Bytes an image of what autograd keeps, each memory once, and none of the weights."""
-    kept = {p.untyped_storage().data_ptr() for p in run.network.parameters()}
-    found: dict[int, int] = {}
+    """Bytes an image of what is kept from the forward for the backward pass."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in kept:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def forward() -> Tensor:
+        with run._autocast():
+            return run.network(run.x_BCHW)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), run._autocast():
-        logits_BK = run.network(run.x_BCHW)
-    del logits_BK
-    return sum(found.values()) / run.setting.batch
+    if run.device.type != "cuda":
+        return held_bytes(forward)[1] / run.setting.batch
+    before = torch.cuda.memory_allocated(run.device)
+    logits_BK = forward()
+    return (torch.cuda.memory_allocated(run.device) - before - logits_BK.nbytes) / run.setting.batch
 
 
 def _peak_bytes(run: _Run) -> int:
@@ -248,12 +257,13 @@ def _peak_bytes(run: _Run) -> int:
     held = sum(t.nbytes for t in (*run.network.parameters(), *run.network.buffers(), *states, run.x_BCHW))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run.step()
+    return held + max(itertools.accumulate(_allocations(profile)))
+
+
+def _allocations(profile: torch.profiler.profile) -> list[int]:
+    """Bytes allocated (freed: negative), in order of time."""
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    allocated = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        allocated += event.nbytes()
-        peak = max(peak, allocated)
-    return held + peak
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def _flop_formulas() -> dict[Any, Callable[..., int]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hornet_lit import __version__, recipes
 from hornet_lit.cli_errors import UserError, shorten, told, unknown
-from hornet_lit.cli_process import SIGNAL_CODES, Process, end_python
+from hornet_lit.cli_process import SIGNAL_CODES, Process, end_python, keep_freed_memory
 
 # Since torch 2.6 this variable turns every weights_only=True into False: a checkpoint could then run code.
 UNSAFE_LOAD = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -99,6 +99,7 @@ def _load_safely() -> None:
 
 def _lightning(command: str, words: list[str]) -> None:
     _load_safely()
+    keep_freed_memory()
     process = Process()
     with process.signals():
         from hornet_lit.cli_lightning import run
@@ -120,6 +121,7 @@ def _check_data(_: str, words: list[str]) -> None:
 
 
 def _bench(_: str, words: list[str]) -> None:
+    keep_freed_memory()
     from hornet_lit import cli_bench
 
     cli_bench.run(words)

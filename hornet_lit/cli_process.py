@@ -10,6 +10,7 @@ Nothing here imports torch: the handlers are set before the imports, which take 
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import select
@@ -33,6 +34,7 @@ CHILDREN_WITHIN = 10  # seconds for the processes that this one started, once it
 
 
 SIGNAL_CODES = (130, 143)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def exit_code(signum: int) -> int:
@@ -47,6 +49,17 @@ def end_python(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory for the next allocation in place of giving every large tensor's back at once.
+
+    Each step of a network frees and allocates the same tensors; mapped anew, every page of them costs a fault
+    (BENCHMARKS.md, Speed). Other C libraries are left as they are.
+    """
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 class Process:

@@ -53,7 +53,7 @@ class ImageClassifier(AveragedModule, GuardedModule, EvaluatedModule):
         predict_weights: which weights `predict` uses; "auto" is EMA where there is one.
         compile: compile the network in place (state-dict names stay clean).
         channels_last: lay convolution weights and inputs out channels-last.
-        grad_checkpointing: recompute blocks in the backward pass to save memory.
+        grad_checkpointing: recompute blocks in the backward pass to save memory; or the stages (0 to 3) to do so in.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ImageClassifier(AveragedModule, GuardedModule, EvaluatedModule):
         predict_weights: Literal["auto", "ema", "raw"] = "auto",
         compile: bool = False,
         channels_last: bool = True,
-        grad_checkpointing: bool = False,
+        grad_checkpointing: bool | list[int] = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -144,7 +144,7 @@ class ImageClassifier(AveragedModule, GuardedModule, EvaluatedModule):
             self.network.requires_grad_(False)
             self.network.get_classifier().requires_grad_(True)
         if hparams["grad_checkpointing"]:
-            self.network.set_grad_checkpointing(True)
+            self.network.set_grad_checkpointing(hparams["grad_checkpointing"])
         if self._device_mesh is not None:
             mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"
             shard(self.network, self._device_mesh["data_parallel"], dtype=torch.bfloat16 if mixed else None)

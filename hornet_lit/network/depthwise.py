@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from hornet_lit.network import native
 
 KERNEL_SIZES = (3, 5, 7, 9, 11)
+LANES = 16  # channels of one vector
 SYMBOLS = {torch.float32: "depthwise_weight_grad_f32", torch.bfloat16: "depthwise_weight_grad_bf16"}
 
 
@@ -68,19 +69,14 @@ def depthwise_weight_grad(
         return _library_weight_grad(x_BCHW, grad_BCHW, kernel_size)
     x_BHWC, grad_BHWC = (t.permute(0, 2, 3, 1).contiguous() for t in (x_BCHW, grad_BCHW))
     b, h, w, c = x_BHWC.shape
-    shares = min(torch.get_num_threads(), b)
+    threads, vectors = torch.get_num_threads(), -(-c // LANES)
+    shares = 1 if vectors % threads == 0 or vectors > 4 * threads else min(threads, b)  # few vectors share unevenly
     weight_SC1KK = torch.empty(shares, c, 1, kernel_size, kernel_size)
     bias_SC = torch.empty(shares, c)
-    run, image = getattr(library, SYMBOLS[x_BHWC.dtype]), h * w * c * x_BHWC.element_size()
-
-    def one_share(share: int, start: int, stop: int) -> None:
-        sources = (x_BHWC.data_ptr() + start * image, grad_BHWC.data_ptr() + start * image)
-        targets = (weight_SC1KK[share].data_ptr(), bias_SC[share].data_ptr())
-        sizes = (stop - start, h, w, c, kernel_size)
-        failed = run(*map(ctypes.c_void_p, sources + targets), *map(ctypes.c_int64, sizes))
-        assert not failed, f"no kernel for K = {kernel_size}"
-
-    native.in_parallel(one_share, b, shares)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x_BHWC, grad_BHWC, weight_SC1KK, bias_SC)]
+    sizes = [ctypes.c_int64(n) for n in (b, h, w, c, kernel_size, shares, threads)]
+    failed = getattr(library, SYMBOLS[x_BHWC.dtype])(*pointers, *sizes)
+    assert not failed, f"no kernel for K = {kernel_size}"
     return weight_SC1KK.sum(0).to(x_BCHW.dtype), bias_SC.sum(0).to(x_BCHW.dtype)
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from hornet_lit.network.filters import Size
-from hornet_lit.network.layers import recomputed
+from hornet_lit.network.layers import Recomputing
 
 FilterFactory = Callable[..., nn.Module]
 
 
-class GnConv(nn.Module):
+class GnConv(Recomputing):
     """gnConv of order n (HorNet §3.1, equations 3.1 to 3.4): n gated interactions of growing width.
 
     ``[p_0, q_0 … q_{n-1}] = φ_in(x)``, ``p_{k+1} = f_k(q_k) ⊙ g_k(p_k)``, ``y = φ_out(p_n)``, with widths
@@ -51,7 +51,7 @@ class GnConv(nn.Module):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         p_BCHW, q_BQHW = self.proj_in(x_BCHW).split((self.widths[0], sum(self.widths)), dim=1)
-        return recomputed(self._interact, p_BCHW, self.dwconv(q_BQHW))
+        return self.keeping_inputs(self._interact, p_BCHW, self.dwconv(q_BQHW))
 
     def _interact(self, p_BCHW: torch.Tensor, gates_BQHW: torch.Tensor) -> torch.Tensor:
         gate, *gates = gates_BQHW.split(self.widths, dim=1)

@@ -6,7 +6,7 @@ channels-last, whatever the input's layout: the norms read it as (B, H, W, C) wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d, to_2tuple, trunc_normal_
@@ -15,14 +15,14 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from hornet_lit.network.filters import Size
-from hornet_lit.network.layers import GELU, ChannelLinear, recomputed
+from hornet_lit.network.layers import GELU, ChannelLinear, Recomputing
 
 MixerFactory = Callable[..., nn.Module]
 POOLS = ("avg", "max", "avgmax", "")
 MAX_BLOCKS = 1000  # of all stages; the largest network has 25. More are a mistake, and would take all memory
 
 
-class Block(nn.Module):
+class Block(Recomputing):
     """x += γ₁·mixer(LN(x)); x += γ₂·MLP(LN(x)) (HorNet §3.2, the meta-architecture of Figure 2).
 
     Args:
@@ -59,16 +59,16 @@ class Block(nn.Module):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         x_BCHW = self._add(x_BCHW, self.gnconv(self.norm1(x_BCHW)), self.gamma1)
-        hidden_BCHW = recomputed(lambda x: self.pwconv1(self.norm2(x)), x_BCHW)
-        y_BCHW = recomputed(lambda hidden: self.pwconv2(self.act(hidden)), hidden_BCHW)
+        hidden_BCHW = self.keeping_inputs(lambda x: self.pwconv1(self.norm2(x)), x_BCHW)
+        y_BCHW = self.keeping_inputs(lambda hidden: self.pwconv2(self.act(hidden)), hidden_BCHW)
         return self._add(x_BCHW, y_BCHW, self.gamma2)
 
     def _add(self, x_BCHW: torch.Tensor, y_BCHW: torch.Tensor, gamma_C: torch.Tensor | None) -> torch.Tensor:
-        """x + γ ⊙ y in one pass: stochastic depth drops γ, which is as small as the batch, in place of y."""
+        """x + γ ⊙ y in one pass over the map: stochastic depth drops γ in place of y."""
         if gamma_C is None:
             return x_BCHW + self.drop_path(y_BCHW)
-        gamma_BC11 = self.drop_path(gamma_C.view(1, -1, 1, 1).expand(x_BCHW.shape[0], -1, 1, 1))
-        return torch.addcmul(x_BCHW, y_BCHW, gamma_BC11)
+        kept_B111 = self.drop_path(x_BCHW.new_ones(x_BCHW.shape[0], 1, 1, 1))
+        return torch.addcmul(x_BCHW, y_BCHW, gamma_C.view(-1, 1, 1) * kept_B111)
 
 
 class HorNet(nn.Module):
@@ -90,6 +90,7 @@ class HorNet(nn.Module):
         head_init_scale: factor on the classifier's initial weights and bias.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth, rising linearly from 0 over all blocks to this rate at the last.
+        recompute: see `set_recompute`.
 
     Raises:
         ValueError: for settings that no HorNet can have, naming those it can.
@@ -113,6 +114,7 @@ class HorNet(nn.Module):
         head_init_scale: float = 1.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        recompute: bool = True,
     ) -> None:
         super().__init__()
         if stem_stride not in (1, 2, 4):
@@ -129,7 +131,7 @@ class HorNet(nn.Module):
             )
         height, width = to_2tuple(img_size)
         self._check_size(height, width)
-        self.num_classes, self.in_chans, self.grad_checkpointing = num_classes, in_chans, False
+        self.num_classes, self.in_chans = num_classes, in_chans
         dims = [base_dim * 2**i for i in range(4)]
         self.num_features = self.head_hidden_size = dims[-1]
         kernel = 4 if stem_stride == 4 else 3
@@ -150,6 +152,8 @@ class HorNet(nn.Module):
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
+        self.recompute = recompute
+        self.set_grad_checkpointing(False)
         self.init_weights(init_std, head_init_scale)
 
     def init_weights(self, init_std: float | None = 0.02, head_init_scale: float = 1.0) -> None:
@@ -189,9 +193,29 @@ class HorNet(nn.Module):
         """Names exempt from weight decay beyond the 1-d ones that timm's optimizers always exempt: none."""
         return set()
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
+    def set_recompute(self, enable: bool = True) -> None:
+        """Compute what is cheap (gates, GELU, a norm) again in the backward pass: half of the memory (BENCHMARKS.md).
+
+        Without it steps are faster where memory is no concern. No effect under torch.compile, which decides by itself.
+        """
+        self.recompute = enable
+        for i, stage in enumerate(self.stages):
+            for module in stage.modules():
+                if isinstance(module, Recomputing):
+                    module.recompute = enable and i not in self.grad_checkpointing
+
+    def set_grad_checkpointing(self, enable: bool | Collection[int] = True) -> None:
+        """Keep only the blocks' inputs, and compute each block again in the backward pass: in all stages, or in those
+        given by number from 0 (the first hold the most memory).
+
+        Raises:
+            ValueError: for a stage that the network does not have.
+        """
+        stages = range(len(self.stages)) if enable is True else enable or ()
+        if unknown := set(stages) - set(range(len(self.stages))):
+            raise ValueError(f"grad_checkpointing names stage {min(unknown)}: stages are 0 to {len(self.stages) - 1}")
+        self.grad_checkpointing = frozenset(stages)
+        self.set_recompute(self.recompute)
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -273,7 +297,7 @@ class HorNet(nn.Module):
 
     def _stage(self, i: int, x_BCHW: torch.Tensor) -> torch.Tensor:
         x_BCHW = self.downsample_layers[i](x_BCHW)
-        if self.grad_checkpointing and self.training:
+        if i in self.grad_checkpointing and self.training:
             return checkpoint_seq(self.stages[i], x_BCHW)
         return self.stages[i](x_BCHW)
 

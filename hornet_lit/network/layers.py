@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 class ChannelLinear(nn.Linear):
     """`nn.Linear` over the channels of a channels-last (B, C, H, W) map, as (B, D, H, W).
 
-    On CPUs it runs as a 1×1 convolution: the library's kernels for those are faster, the bias costs no pass of its own
-    (BENCHMARKS.md), and both gradients come from them too.
+    In float32 on CPUs it runs as a 1×1 convolution: the library's kernels for those are faster there, and the bias
+    costs no pass of its own. In bfloat16 they are not (BENCHMARKS.md, Speed).
     """
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        if x_BCHW.device.type == "cpu" and not torch.compiler.is_exporting():
+        plain = x_BCHW.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if plain and x_BCHW.device.type == "cpu" and not torch.compiler.is_exporting():
             return F.conv2d(x_BCHW, self.weight[:, :, None, None], self.bias)
         return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -35,12 +36,21 @@ class GELU(nn.GELU):
         return torch.ops.aten.gelu_(x, approximate=self.approximate)
 
 
-def recomputed(region: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """``region(*inputs)``, of which autograd keeps the inputs alone and computes the rest again when it needs it.
+class Recomputing(nn.Module):
+    """A module that can keep less for the backward pass.
 
-    The region must be free of random numbers. Its last operation is not run again: recomputation ends as soon as all
-    tensors that were not kept are there, and the last operation needs only its inputs.
+    Attributes:
+        recompute: whether `keeping_inputs` computes again what is cheap. `HorNet.set_recompute` sets it.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled, the partitioner decides
-        return region(*inputs)
-    return checkpoint(region, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+
+    recompute = False
+
+    def keeping_inputs(self, region: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        """``region(*inputs)``, of which autograd keeps the inputs alone and computes the rest again.
+
+        The region must be free of random numbers. Its last operation is not run again: recomputation ends as soon as
+        all tensors that were not kept are there, and the last operation needs only its inputs.
+        """
+        if not (self.recompute and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return region(*inputs)  # compiled, the partitioner decides what to keep
+        return checkpoint(region, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none")

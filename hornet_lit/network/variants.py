@@ -138,6 +138,7 @@ def _small(name: str, pretrained: bool, kwargs: dict[str, Any], kind: str = "7x7
     # The published initial values (weights of std 0.02, LayerScale 1e-6) are for 300 epochs of wide networks: at 32
     # channels they make each gate a product of near zeros, and the first epochs go into growing it.
     own = {"mixers": _mixers(kind, kernel_size), "img_size": 32, "ls_init_value": 0.5, "init_std": None}
+    own["recompute"] = False  # 32×32 images take little memory
     return _create(name, pretrained, **(own | defaults | kwargs))
 
 

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from hornet_lit.bench import held_bytes
 from hornet_lit.network import DepthwiseConv, GlobalLocalFilter, GnConv, HorNet
 from tests.conftest import images
 
@@ -119,16 +120,28 @@ def test_layout_changes_nothing_and_stays_channels_last_inside(name: str, layout
         assert m.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_grad_checkpointing_gives_the_same_gradients() -> None:
-    network, x_BCHW = small().train(), images(0, 2, 3, 32, 32)
-    grads = []
-    for enable in (False, True):
-        network.set_grad_checkpointing(enable)
+@pytest.mark.parametrize("name", ["hornet_pico_32", "hornet_nano_gf_32"])
+def test_keeping_less_gives_the_same_gradients(name: str) -> None:
+    network, x_BCHW = small(name, drop_path_rate=0.5).train(), images(0, 2, 3, 32, 32)
+    kept, grads = [], []
+    for recompute, checkpointed in ((False, False), (True, False), (True, [0, 1]), (True, True)):
+        network.set_recompute(recompute)
+        network.set_grad_checkpointing(checkpointed)
         network.zero_grad()
-        network(x_BCHW).square().sum().backward()
+        torch.manual_seed(1)
+        logits_BK, held = held_bytes(lambda: network(x_BCHW))
+        logits_BK.square().sum().backward()
         grads.append([p.grad.clone() for p in network.parameters()])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
+        kept.append(held)
+    for others in grads[1:]:
+        for a, b in zip(grads[0], others, strict=True):
+            torch.testing.assert_close(a, b)
+    assert kept[1] < 0.75 * kept[0] and kept[1] > kept[2] > kept[3], kept
+
+
+def test_a_stage_that_is_not_there_cannot_be_checkpointed() -> None:
+    with pytest.raises(ValueError, match="names stage 4: stages are 0 to 3"):
+        small().set_grad_checkpointing([0, 4])
 
 
 @pytest.mark.parametrize("name", ["hornet_pico_32", "hornet_nano_gf_32"])

@@ -15,12 +15,10 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("depthwise.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
 @functools.cache
@@ -40,21 +38,6 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-
-
-def in_parallel(task: Callable[[int, int, int], None], count: int, shares: int) -> None:
-    """Run ``task(share, start, stop)`` over [0, count) cut into ``shares``; ctypes releases the interpreter's lock."""
-    bounds = [(s, count * s // shares, count * (s + 1) // shares) for s in range(shares)]
-    if shares == 1:
-        task(*bounds[0])
-    else:
-        list(_pool(os.getpid(), shares).map(lambda b: task(*b), bounds))
-
-
-@functools.cache
-def _pool(pid: int, threads: int) -> ThreadPoolExecutor:
-    # Keyed by process: threads do not survive a fork.
-    return ThreadPoolExecutor(threads, thread_name_prefix=f"hornet-lit-{pid}")
 
 
 def _built(compiler: str) -> Path:

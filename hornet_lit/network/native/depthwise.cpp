@@ -13,23 +13,22 @@ namespace {
 constexpr int64_t kLanes = 16, kColumns = 4, kBand = 16;
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 
-inline float to_float(float v) { return v; }
-inline float to_float(uint16_t bits) {  // bfloat16
-    uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float v;
-    std::memcpy(&v, &wide, sizeof v);
-    return v;
-}
+typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));  // bfloat16: a float's upper half
+typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
-template <typename T>
+inline int64_t padded(int64_t columns) { return (columns + kColumns - 1) / kColumns * kColumns; }
+inline Vec widened(Vec v) { return v; }
+inline Vec widened(Half v) { return (Vec)(__builtin_convertvector(v, Bits) << 16); }
+
+template <typename V, typename T>
 inline Vec load(const T* from, int64_t lanes) {
-    Vec v = {};
-    if (lanes == kLanes) {  // a constant trip count, which the compiler turns into one vector load
-        for (int64_t l = 0; l < kLanes; ++l) v[l] = to_float(from[l]);
+    V v = {};
+    if (lanes == kLanes) {  // a constant size, which the compiler turns into one vector load
+        std::memcpy(&v, from, sizeof v);
     } else {
-        for (int64_t l = 0; l < lanes; ++l) v[l] = to_float(from[l]);
+        std::memcpy(&v, from, lanes * sizeof(T));
     }
-    return v;
+    return widened(v);
 }
 
 template <int K>
@@ -50,70 +49,90 @@ void add_row(const Vec* x, const Vec* dy, Vec* sums, int64_t columns) {
     for (int j = 0; j < K; ++j) sums[j] = sum[j];
 }
 
-template <int K, typename T>
-void weight_grad(const T* x, const T* dy, float* dw, float* db, int64_t B, int64_t H, int64_t W, int64_t C) {
+// Of channels [c, c + lanes) over images [0, B): the bands are this thread's.
+template <int K, typename V, typename T>
+void weight_grad(const T* x, const T* dy, float* dw, float* db, int64_t B, int64_t H, int64_t W, int64_t C, int64_t c,
+                 Vec* x_band, Vec* dy_band) {
     constexpr int64_t P = K / 2;
-    const int64_t columns = (W + kColumns - 1) / kColumns * kColumns, width = columns + 2 * P;
-    const size_t x_size = (kBand + 2 * P) * width * sizeof(Vec), dy_size = kBand * columns * sizeof(Vec);
-    Vec* x_band = static_cast<Vec*>(std::aligned_alloc(sizeof(Vec), x_size));
-    Vec* dy_band = static_cast<Vec*>(std::aligned_alloc(sizeof(Vec), dy_size));
-    std::memset(x_band, 0, x_size);
-    std::memset(dy_band, 0, dy_size);
-    for (int64_t c = 0; c < C; c += kLanes) {
-        const int64_t lanes = C - c < kLanes ? C - c : kLanes;
-        Vec sums[K * K] = {}, bias = {};
-        for (int64_t b = 0; b < B; ++b) {
-            for (int64_t top = 0; top < H; top += kBand) {
-                const int64_t rows = H - top < kBand ? H - top : kBand;
-                const int64_t first = top - P < 0 ? 0 : top - P;
-                const int64_t last = top + rows + P > H ? H : top + rows + P;
-                for (int64_t h = first; h < last; ++h)
-                    for (int64_t w = 0; w < W; ++w)
-                        x_band[(h - first) * width + w + P] = load(x + ((b * H + h) * W + w) * C + c, lanes);
-                for (int64_t h = 0; h < rows; ++h)
-                    for (int64_t w = 0; w < W; ++w) {
-                        const Vec d = load(dy + ((b * H + top + h) * W + w) * C + c, lanes);
-                        dy_band[h * columns + w] = d;
-                        bias += d;
-                    }
-                for (int64_t h = 0; h < rows; ++h)
-                    for (int64_t i = 0; i < K; ++i) {
-                        const int64_t source = top + h + i - P;
-                        if (source < 0 || source >= H) continue;
-                        add_row<K>(x_band + (source - first) * width, dy_band + h * columns, sums + i * K, columns);
-                    }
-            }
-        }
-        for (int64_t l = 0; l < lanes; ++l) {
-            for (int64_t k = 0; k < K * K; ++k) dw[(c + l) * K * K + k] = sums[k][l];
-            db[c + l] = bias[l];
+    const int64_t columns = padded(W), width = columns + 2 * P;
+    const int64_t lanes = C - c < kLanes ? C - c : kLanes;
+    Vec sums[K * K] = {}, bias = {};
+    for (int64_t b = 0; b < B; ++b) {
+        for (int64_t top = 0; top < H; top += kBand) {
+            const int64_t rows = H - top < kBand ? H - top : kBand;
+            const int64_t first = top - P < 0 ? 0 : top - P;
+            const int64_t last = top + rows + P > H ? H : top + rows + P;
+            for (int64_t h = first; h < last; ++h)
+                for (int64_t w = 0; w < W; ++w)
+                    x_band[(h - first) * width + w + P] = load<V>(x + ((b * H + h) * W + w) * C + c, lanes);
+            for (int64_t h = 0; h < rows; ++h)
+                for (int64_t w = 0; w < W; ++w) {
+                    const Vec d = load<V>(dy + ((b * H + top + h) * W + w) * C + c, lanes);
+                    dy_band[h * columns + w] = d;
+                    bias += d;
+                }
+            for (int64_t h = 0; h < rows; ++h)
+                for (int64_t i = 0; i < K; ++i) {
+                    const int64_t source = top + h + i - P;
+                    if (source < 0 || source >= H) continue;
+                    add_row<K>(x_band + (source - first) * width, dy_band + h * columns, sums + i * K, columns);
+                }
         }
     }
-    std::free(x_band);
-    std::free(dy_band);
+    for (int64_t l = 0; l < lanes; ++l) {
+        for (int64_t k = 0; k < K * K; ++k) dw[(c + l) * K * K + k] = sums[k][l];
+        db[c + l] = bias[l];
+    }
 }
 
-template <typename T>
-int dispatch(const T* x, const T* dy, float* dw, float* db, int64_t B, int64_t H, int64_t W, int64_t C, int64_t K) {
+// Each thread takes vectors of channels of shares of the batch. The threads are those of the OpenMP library that torch
+// has loaded: others would compete with its own, which spin between its loops.
+template <int K, typename V, typename T>
+void weight_grads(const T* x, const T* dy, float* dw, float* db, int64_t B, int64_t H, int64_t W, int64_t C, int64_t S,
+                  int64_t threads) {
+    const int64_t vectors = (C + kLanes - 1) / kLanes, columns = padded(W);
+    const size_t x_size = (kBand + K - 1) * (columns + K - 1) * sizeof(Vec), dy_size = kBand * columns * sizeof(Vec);
+#pragma omp parallel num_threads(threads)
+    {
+        Vec* x_band = static_cast<Vec*>(std::aligned_alloc(sizeof(Vec), x_size));
+        Vec* dy_band = static_cast<Vec*>(std::aligned_alloc(sizeof(Vec), dy_size));
+        std::memset(x_band, 0, x_size);
+        std::memset(dy_band, 0, dy_size);
+#pragma omp for collapse(2) schedule(dynamic, 1)
+        for (int64_t s = 0; s < S; ++s)
+            for (int64_t v = 0; v < vectors; ++v) {
+                const int64_t start = B * s / S, image = H * W * C, weights = C * K * K;
+                weight_grad<K, V>(x + start * image, dy + start * image, dw + s * weights, db + s * C,
+                                  B * (s + 1) / S - start, H, W, C, v * kLanes, x_band, dy_band);
+            }
+        std::free(x_band);
+        std::free(dy_band);
+    }
+}
+
+template <typename V, typename T>
+int dispatch(const T* x, const T* dy, float* dw, float* db, int64_t B, int64_t H, int64_t W, int64_t C, int64_t K,
+             int64_t S, int64_t threads) {
     switch (K) {
-        case 3: weight_grad<3>(x, dy, dw, db, B, H, W, C); return 0;
-        case 5: weight_grad<5>(x, dy, dw, db, B, H, W, C); return 0;
-        case 7: weight_grad<7>(x, dy, dw, db, B, H, W, C); return 0;
-        case 9: weight_grad<9>(x, dy, dw, db, B, H, W, C); return 0;
-        case 11: weight_grad<11>(x, dy, dw, db, B, H, W, C); return 0;
+        case 3: weight_grads<3, V>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
+        case 5: weight_grads<5, V>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
+        case 7: weight_grads<7, V>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
+        case 9: weight_grads<9, V>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
+        case 11: weight_grads<11, V>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
     }
     return 1;
 }
 
 }  // namespace
 
-// x, dy: (B, H, W, C) contiguous; dw: (C, K, K); db: (C). Gives 0, or 1 for a K that is not built in.
+// x, dy: (B, H, W, C) contiguous; dw: (S, C, K, K); db: (S, C), one sum for each of the S shares of the batch.
+// Gives 0, or 1 for a K that is not built in.
 extern "C" int depthwise_weight_grad_f32(const float* x, const float* dy, float* dw, float* db, int64_t B, int64_t H,
-                                         int64_t W, int64_t C, int64_t K) {
-    return dispatch(x, dy, dw, db, B, H, W, C, K);
+                                         int64_t W, int64_t C, int64_t K, int64_t S, int64_t threads) {
+    return dispatch<Vec>(x, dy, dw, db, B, H, W, C, K, S, threads);
 }
 
 extern "C" int depthwise_weight_grad_bf16(const uint16_t* x, const uint16_t* dy, float* dw, float* db, int64_t B,
-                                          int64_t H, int64_t W, int64_t C, int64_t K) {
-    return dispatch(x, dy, dw, db, B, H, W, C, K);
+                                          int64_t H, int64_t W, int64_t C, int64_t K, int64_t S, int64_t threads) {
+    return dispatch<Half>(x, dy, dw, db, B, H, W, C, K, S, threads);
 }
