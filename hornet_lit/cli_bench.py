@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hornet_lit import __version__
-from hornet_lit.cli_errors import UserError, told
+from hornet_lit.cli_errors import UserError, telling
 from hornet_lit.cli_parts import OptionParser, progress_bar
 
 if TYPE_CHECKING:
@@ -34,13 +34,8 @@ def run(words: list[str]) -> None:
     output = Path(options.output)
     if output.is_file():
         raise UserError(f"--output {output} is a file\nname a folder for bench.json and bench.png")
-    try:
+    with telling(constructing=True):
         _bench(options, output)
-    except Exception as error:
-        short = told(error, constructing=True)
-        if short is None or short is error:
-            raise
-        raise short from error
 
 
 def _parser() -> argparse.ArgumentParser:
