@@ -26,8 +26,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from hornet_lit.network.build import build_network
 
 STEPS = ("infer", "train")
-PRECISIONS = ("32", "bf16-mixed", "bf16")
-COMPILE_MODES = ("none", "default", "reduce-overhead", "max-autotune")
 CLASSES = 1000
 PRODUCT_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 
@@ -159,11 +157,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def take_turn(self) -> None:
-        _wait(self.device)
-        started = time.perf_counter()
-        self.step()
-        _wait(self.device)
-        self.times.append(time.perf_counter() - started)
+        self.times.append(_timed(self.device, self.step))
 
     def result(self, *, product_rate: float) -> Result:
         return Result(
@@ -196,6 +190,15 @@ def _build(name: str, size: int) -> nn.Module:
         return build_network(name, num_classes=CLASSES)  # one that takes any size, and no option
 
 
+def _timed(device: torch.device, run: Callable[[], object]) -> float:
+    """Seconds that ``run`` takes, what it starts on the device included."""
+    _wait(device)
+    started = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - started
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -206,15 +209,7 @@ def _best_product(device: torch.device, dtype: torch.dtype) -> Callable[[], floa
 
     def product(n: int) -> Callable[[], float]:
         a_NN, b_NN = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-
-        def rate() -> float:
-            _wait(device)
-            started = time.perf_counter()
-            a_NN @ b_NN
-            _wait(device)
-            return 2 * n**3 / (time.perf_counter() - started) / 1e9
-
-        return rate
+        return lambda: 2 * n**3 / _timed(device, lambda: a_NN @ b_NN) / 1e9
 
     candidates = [product(n) for n in PRODUCT_SIZES[device.type]]
     for candidate in candidates:

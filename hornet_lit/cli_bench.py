@@ -24,13 +24,11 @@ EXAMPLE = "hornet-lit bench hornet_tiny_7x7 --against convnext_tiny"
 def run(words: list[str]) -> None:
     """Runs `bench` with the options ``words``; UserError for what the user can mend."""
     options = _parser().parse_args(words)
-    for name in ("size", "batch"):
-        if min(getattr(options, name)) < 1:
-            raise UserError(f"--{name} must be positive, got {min(getattr(options, name))}")
-    if options.repeats < 1:
-        raise UserError(f"--repeats must be positive, got {options.repeats}")
-    if options.threads is not None and options.threads < 1:
-        raise UserError(f"--threads must be positive, got {options.threads}")
+    threads = [] if options.threads is None else [options.threads]
+    counts = {"size": options.size, "batch": options.batch, "repeats": [options.repeats], "threads": threads}
+    for name, given in counts.items():
+        if (least := min(given, default=1)) < 1:
+            raise UserError(f"--{name} must be positive, got {least}")
     output = Path(options.output)
     if output.is_file():
         raise UserError(f"--output {output} is a file\nname a folder for bench.json and bench.png")
