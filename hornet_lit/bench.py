@@ -13,9 +13,10 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -205,13 +206,23 @@ def _wait(device: torch.device) -> None:
 
 
 def _best_product(device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
-    """A function that times the fastest of some square matrix products once and gives its rate in 10⁹ a second."""
+    """A function that times the fastest of some square matrix products once and gives its rate in 10⁹ a second.
 
-    def product(n: int) -> Callable[[], float]:
+    Each is tried as a matrix product and as a 1×1 convolution of a channels-last map: on CPUs the two come from
+    different libraries, MKL and oneDNN, and which is faster depends on the processor. On CUDA torch lets convolutions in
+    float32 use TF32: this one as well as those of a network.
+    """
+
+    def products(n: int) -> Iterator[Callable[[], Tensor]]:
         a_NN, b_NN = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        return lambda: 2 * n**3 / _timed(device, lambda: a_NN @ b_NN) / 1e9
+        x_BCHW = a_NN[None, :, :, None].contiguous(memory_format=torch.channels_last)
+        yield lambda: a_NN @ b_NN
+        yield lambda: F.conv2d(x_BCHW, b_NN[:, :, None, None])
 
-    candidates = [product(n) for n in PRODUCT_SIZES[device.type]]
+    def rate(n: int, product: Callable[[], Tensor]) -> float:
+        return 2 * n**3 / _timed(device, product) / 1e9
+
+    candidates = [partial(rate, n, product) for n in PRODUCT_SIZES[device.type] for product in products(n)]
     for candidate in candidates:
         candidate()
     return max(candidates, key=lambda candidate: statistics.median(candidate() for _ in range(3)))
