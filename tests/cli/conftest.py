@@ -16,6 +16,7 @@ from PIL import Image
 import hornet_lit.cli_lightning  # noqa: F401
 from hornet_lit.cli import main
 from hornet_lit.network.build import build_network
+from hornet_lit.writers import drawing, report_drawing
 
 SMALL = {"base_dim": 16, "depths": [1, 1, 1, 1]}
 SMALL_NETWORK = [
@@ -46,6 +47,13 @@ class Result:
 
 
 Run = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rendering takes longer than all else in a fit of two steps; what pictures show, tests/writers looks at."""
+    for module in (drawing, report_drawing):
+        monkeypatch.setattr(module, "save_picture", lambda figure, picture: picture.touch())
 
 
 @pytest.fixture
