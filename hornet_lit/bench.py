@@ -209,8 +209,8 @@ def _best_product(device: torch.device, dtype: torch.dtype) -> Callable[[], floa
     """A function that times the fastest of some square matrix products once and gives its rate in 10⁹ a second.
 
     Each is tried as a matrix product and as a 1×1 convolution of a channels-last map: on CPUs the two come from
-    different libraries, MKL and oneDNN, and which is faster depends on the processor. On CUDA torch lets convolutions in
-    float32 use TF32: this one as well as those of a network.
+    different libraries, MKL and oneDNN, and which is faster depends on the processor. On CUDA torch lets convolutions
+    in float32 use TF32: this one as well as those of a network.
     """
 
     def products(n: int) -> Iterator[Callable[[], Tensor]]:
