@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 # Imported within a test, Lightning would keep that test's stderr for its messages, and fail on them in all later ones.
 import hornet_lit.cli_lightning  # noqa: F401
 from hornet_lit.cli import main
 from hornet_lit.network.build import build_network
-from hornet_lit.writers import drawing, report_drawing
 
 SMALL = {"base_dim": 16, "depths": [1, 1, 1, 1]}
 SMALL_NETWORK = [
@@ -52,8 +52,7 @@ Run = Callable[..., Result]
 @pytest.fixture(autouse=True)
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rendering takes longer than all else in a fit of two steps; what pictures show, tests/writers looks at."""
-    for module in (drawing, report_drawing):
-        monkeypatch.setattr(module, "save_picture", lambda figure, picture: picture.touch())
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: path.touch())
 
 
 @pytest.fixture
