@@ -14,9 +14,10 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from hornet_lit.network.build import build_network
 
 STEPS = ("infer", "train")
-PRECISIONS = ("32", "bf16-mixed", "bf16")
-COMPILE_MODES = ("none", "default", "reduce-overhead", "max-autotune")
 CLASSES = 1000
 PRODUCT_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 
@@ -160,11 +159,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def take_turn(self) -> None:
-        _wait(self.device)
-        started = time.perf_counter()
-        self.step()
-        _wait(self.device)
-        self.times.append(time.perf_counter() - started)
+        self.times.append(_timed(self.device, self.step))
 
     def result(self, *, product_rate: float) -> Result:
         return Result(
@@ -197,27 +192,38 @@ def _build(name: str, size: int) -> nn.Module:
         return build_network(name, num_classes=CLASSES)  # one that takes any size, and no option
 
 
+def _timed(device: torch.device, run: Callable[[], object]) -> float:
+    """Seconds that ``run`` takes, what it starts on the device included."""
+    _wait(device)
+    started = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - started
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _best_product(device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
-    """A function that times the fastest of some square matrix products once and gives its rate in 10⁹ a second."""
+    """A function that times the fastest of some square matrix products once and gives its rate in 10⁹ a second.
 
-    def product(n: int) -> Callable[[], float]:
+    Each is tried as a matrix product and as a 1×1 convolution of a channels-last map: on CPUs the two come from
+    different libraries, MKL and oneDNN, and which is faster depends on the processor. On CUDA torch lets convolutions
+    in float32 use TF32: this one as well as those of a network.
+    """
+
+    def products(n: int) -> Iterator[Callable[[], Tensor]]:
         a_NN, b_NN = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        x_BCHW = a_NN[None, :, :, None].contiguous(memory_format=torch.channels_last)
+        yield lambda: a_NN @ b_NN
+        yield lambda: F.conv2d(x_BCHW, b_NN[:, :, None, None])
 
-        def rate() -> float:
-            _wait(device)
-            started = time.perf_counter()
-            a_NN @ b_NN
-            _wait(device)
-            return 2 * n**3 / (time.perf_counter() - started) / 1e9
+    def rate(n: int, product: Callable[[], Tensor]) -> float:
+        return 2 * n**3 / _timed(device, product) / 1e9
 
-        return rate
-
-    candidates = [product(n) for n in PRODUCT_SIZES[device.type]]
+    candidates = [partial(rate, n, product) for n in PRODUCT_SIZES[device.type] for product in products(n)]
     for candidate in candidates:
         candidate()
     return max(candidates, key=lambda candidate: statistics.median(candidate() for _ in range(3)))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hornet_lit import __version__, recipes
-from hornet_lit.cli_errors import UserError, shorten, told, unknown
+from hornet_lit.cli_errors import UserError, shorten, telling, unknown
 from hornet_lit.cli_process import SIGNAL_CODES, Process, end_python, keep_freed_memory
 
 # Since torch 2.6 this variable turns every weights_only=True into False: a checkpoint could then run code.
@@ -54,12 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _code_of(words: list[str]) -> int:
     try:
-        try:
+        with telling():
             _run(words)
-        except OSError as error:
-            if (short := told(error, constructing=False)) is None:
-                raise
-            raise short from error
     except UserError as error:
         if os.environ.get("HORNET_LIT_DEBUG") == "1":
             raise

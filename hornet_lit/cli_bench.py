@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hornet_lit import __version__
-from hornet_lit.cli_errors import UserError, told
+from hornet_lit.cli_errors import UserError, telling
 from hornet_lit.cli_parts import OptionParser, progress_bar
 
 if TYPE_CHECKING:
@@ -24,23 +24,16 @@ EXAMPLE = "hornet-lit bench hornet_tiny_7x7 --against convnext_tiny"
 def run(words: list[str]) -> None:
     """Runs `bench` with the options ``words``; UserError for what the user can mend."""
     options = _parser().parse_args(words)
-    for name in ("size", "batch"):
-        if min(getattr(options, name)) < 1:
-            raise UserError(f"--{name} must be positive, got {min(getattr(options, name))}")
-    if options.repeats < 1:
-        raise UserError(f"--repeats must be positive, got {options.repeats}")
-    if options.threads is not None and options.threads < 1:
-        raise UserError(f"--threads must be positive, got {options.threads}")
+    threads = [] if options.threads is None else [options.threads]
+    counts = {"size": options.size, "batch": options.batch, "repeats": [options.repeats], "threads": threads}
+    for name, given in counts.items():
+        if (least := min(given, default=1)) < 1:
+            raise UserError(f"--{name} must be positive, got {least}")
     output = Path(options.output)
     if output.is_file():
         raise UserError(f"--output {output} is a file\nname a folder for bench.json and bench.png")
-    try:
+    with telling(constructing=True):
         _bench(options, output)
-    except Exception as error:
-        short = told(error, constructing=True)
-        if short is None or short is error:
-            raise
-        raise short from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from functools import cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -62,11 +63,7 @@ def is_installed(class_path: str) -> bool:
         return False
     if module in sys.modules:
         return True
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        return False
-    if spec is None:
+    if (spec := _spec(top)) is None:
         return False
     places = list(spec.submodule_search_locations or ()) or [spec.origin or ""]
     return all(_is_installed_place(Path(place).resolve(), top) for place in places)
@@ -109,13 +106,17 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _origin(top: str) -> str | None:
-    """Where Python would import `top` from; None where it would not find it, and another message is better."""
+def _spec(top: str) -> ModuleSpec | None:
+    """What Python would import as `top`; None where it would find nothing."""
     try:
-        spec = importlib.util.find_spec(top)
+        return importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return None
-    if spec is None:
+
+
+def _origin(top: str) -> str | None:
+    """Where Python would import `top` from; None where it would not find it, and another message is better."""
+    if (spec := _spec(top)) is None:
         return None
     return spec.origin or next(iter(spec.submodule_search_locations or ()), top)
 

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from hornet_lit.cli_errors import UserError, told
+from hornet_lit.cli_errors import UserError
 from hornet_lit.cli_parts import OptionParser
 from hornet_lit.durable import whole_file
 
@@ -33,13 +33,7 @@ def run(words: list[str]) -> None:
     )
     options = parser.parse_args(words)
     _check(options.checkpoint, options.output, options.weights)
-    try:
-        _convert(options.checkpoint, options.output, options.weights or "auto")
-    except Exception as error:
-        short = told(error, constructing=False)
-        if short is None or short is error:
-            raise
-        raise short from error
+    _convert(options.checkpoint, options.output, options.weights or "auto")
     print(options.output)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -74,6 +75,18 @@ def shorten(message: str) -> str:
     if len(lines) > MAX_LINES:
         lines = [*lines[: MAX_LINES - 1], f"  … {len(lines) - MAX_LINES + 1} more lines: HORNET_LIT_DEBUG=1 shows them"]
     return "\n".join(line if len(line) <= MAX_WIDTH else line[: MAX_WIDTH - 1] + "…" for line in lines)
+
+
+@contextmanager
+def telling(*, constructing: bool = False) -> Iterator[None]:
+    """Raises in place of an error within the block what `told` makes of it; a bug of ours goes through as it is."""
+    try:
+        yield
+    except Exception as error:
+        short = told(error, constructing=constructing)
+        if short is None or short is error:
+            raise
+        raise short from error
 
 
 def told(error: BaseException, *, constructing: bool) -> UserError | None:

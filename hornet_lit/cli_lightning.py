@@ -300,7 +300,7 @@ class HornetCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except Exception as error:
+        except Exception as error:  # `told` decides, and an answer to the options gets the name of its option
             if type(short := told(error, constructing=True)) is not UserError:
                 raise
             parser = self._subcommand_parsers[self.command]

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import distributed
 
 from hornet_lit.cli_errors import UserError
 from hornet_lit.cli_process import Process, exit_code
+from hornet_lit.guard import save_last
 from hornet_lit.writers.metrics import MetricsWriter
 
 FIRST_BATCH = {"ready": 1, "started": 1, "processed": 0, "completed": 0}  # Lightning's counters within a first batch
@@ -101,11 +101,7 @@ class GracefulStop(Callback):
         return int(number)
 
     def _save(self, trainer: Trainer) -> None:
-        saver = trainer.checkpoint_callback
-        if isinstance(saver, ModelCheckpoint) and saver.dirpath and not trainer.fast_dev_run:
-            self._saved = Path(saver.last_model_path or Path(saver.dirpath, "last.ckpt"))
-            saver.last_model_path = str(self._saved)  # known to the checkpoint, so that a resumed run replaces it
-            trainer.save_checkpoint(self._saved, weights_only=False)
+        self._saved = save_last(trainer)
         self._process.adopt_children()
 
     def _leave(self, trainer: Trainer, signum: int) -> None:

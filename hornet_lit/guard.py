@@ -107,18 +107,23 @@ class GuardedModule(pl.LightningModule):
 
     def _save_before(self) -> Path | None:
         """Saves the training as it was before the step. All processes call it."""
-        saver = self.trainer.checkpoint_callback
-        if not isinstance(saver, ModelCheckpoint) or not saver.dirpath or self.trainer.fast_dev_run:
-            return None
         loop = self.trainer.fit_loop.epoch_loop
         # The batches that were accumulated for this step have to come again.
         back = loop.batch_progress.current.processed % self.trainer.accumulate_grad_batches
         for counters in (loop.batch_progress.current, loop.batch_progress.total):
             counters.ready = counters.started = counters.completed = counters.processed = counters.processed - back
-        path = Path(saver.last_model_path or Path(saver.dirpath, "last.ckpt"))
-        saver.last_model_path = str(path)
-        self.trainer.save_checkpoint(path, weights_only=False)
-        return path
+        return save_last(self.trainer)
+
+
+def save_last(trainer: pl.Trainer) -> Path | None:
+    """Saves the training in place of its last checkpoint; None where the run keeps none. All processes call it."""
+    saver = trainer.checkpoint_callback
+    if not isinstance(saver, ModelCheckpoint) or not saver.dirpath or trainer.fast_dev_run:
+        return None
+    path = Path(saver.last_model_path or Path(saver.dirpath, "last.ckpt"))
+    saver.last_model_path = str(path)  # known to the checkpoint, so that a resumed run replaces it
+    trainer.save_checkpoint(path, weights_only=False)
+    return path
 
 
 def stage_norms(network: nn.Module) -> dict[str, float]:

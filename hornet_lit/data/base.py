@@ -172,7 +172,7 @@ class ImageDataModule(pl.LightningDataModule):
             seed=self.seed,
             epoch=epoch,
             skip=batches * self.micro_batch_size,
-            fixed_order=self.trainer is not None and self.trainer.overfit_batches > 0,
+            fixed_order=self._fixed_order,
         )
         return self._loader(self.train_set, sampler, self.micro_batch_size)
 
@@ -214,7 +214,8 @@ class ImageDataModule(pl.LightningDataModule):
     def images_of_step(self, epoch: int, batch: int) -> list[int]:
         """Numbers of the training images, of all ranks, in the optimizer step that batch `batch` of an epoch is in."""
         number = batch // self.accumulation
-        order_N = epoch_order(len(self.train_set), seed=self.seed, epoch=epoch)  # type: ignore[arg-type]
+        size = len(self.train_set)  # type: ignore[arg-type]
+        order_N = epoch_order(size, seed=self.seed, epoch=0 if self._fixed_order else epoch)
         return order_N[number * self.batch_size : (number + 1) * self.batch_size].tolist()
 
     # ---- batch arithmetic
@@ -236,6 +237,11 @@ class ImageDataModule(pl.LightningDataModule):
         loop_steps = len(self.train_set) // self.batch_size * self.accumulation  # type: ignore[arg-type]
         limit = None if self.trainer is None else self.trainer.limit_train_batches
         return optimizer_steps(limited(loop_steps, limit), self.accumulation)
+
+    @property
+    def _fixed_order(self) -> bool:
+        """Whether every epoch goes through the images in the order of the first."""
+        return self.trainer is not None and self.trainer.overfit_batches > 0
 
     def _split(self) -> tuple[int, int]:
         return split_batch(

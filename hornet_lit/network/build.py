@@ -48,7 +48,7 @@ def build_network(
         raise ValueError(f"model.network_options.{option} is refused: {mend}")
     try:
         return timm.create_model(name, **kwargs, **(options or {}))
-    except Exception as error:
+    except Exception as error:  # a value that a network cannot have raises whatever it comes to, anywhere in it
         unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if isinstance(error, TypeError) and unexpected is not None:
             option = unexpected.group(1)

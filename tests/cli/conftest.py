@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 # Imported within a test, Lightning would keep that test's stderr for its messages, and fail on them in all later ones.
@@ -46,6 +47,12 @@ class Result:
 
 
 Run = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rendering takes longer than all else in a fit of two steps; what pictures show, tests/writers looks at."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: path.touch())
 
 
 @pytest.fixture

@@ -15,6 +15,11 @@ from hornet_lit.cli_errors import MAX_LINES
 from .conftest import Run
 
 
+@pytest.fixture
+def blank_pictures() -> None:
+    """In place of the one for all commands: here the picture is drawn."""
+
+
 def test_a_sweep_of_two_networks(run: Run) -> None:
     words = "bench hornet_pico_32 --against convnext_atto --size 32 64 --batch 2 --repeats 2 --threads 1 --output out"
     result = run(*shlex.split(words))

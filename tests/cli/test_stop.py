@@ -94,7 +94,8 @@ def test_an_ended_run_goes_on_as_if_it_never_had(run: Run) -> None:
         assert weights(name)["step"] == saved
         result = run(*words(name))
         assert result.code == 0 and f"--ckpt_path auto: {last}" in result.err, result.err[-2000:]
-        assert all(weights(name)[key].equal(value) for key, value in whole.items())
+        resumed = weights(name)
+        assert all(resumed[key].equal(value) for key, value in whole.items())
         assert metrics(name) == metrics("whole")
         files = [sorted(str(p.relative_to(folder(v))) for p in folder(v).rglob("*")) for v in (name, "whole")]
         assert [f for f in files[0] if f != "config_2.yaml"] == files[1]  # of the start that had the callback

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
+import tempfile
+import time
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:
@@ -26,18 +28,40 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in settings.items()}
 
 
+def forkserver() -> ForkServerContext:
+    """Forks processes from a server that has only imported the libraries: each of them would take seconds for that."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"hornet_lit.{name}" for name in ("data", "module", "strategy", "writers")])
+    return context
+
+
 def run_processes(module: str, arguments: list[str], world: int, timeout: int = 400) -> None:
     """Run ``python -m module arguments`` in ``world`` fresh processes and wait for all of them."""
-    port, processes = free_port(), []
-    for rank in range(world):
-        settings = os.environ | {"OMP_NUM_THREADS": "1"} | environment(rank, world, port)
-        command = [sys.executable, "-m", module, *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes.append(subprocess.Popen(command, env=settings, cwd=ROOT, **pipes))
-    try:
-        outputs = [p.communicate(timeout=timeout)[0] for p in processes]
-    finally:
+    with tempfile.TemporaryDirectory() as folder:
+        port, logs = free_port(), [Path(folder, str(rank)) for rank in range(world)]
+        settings = [dict(os.environ) | environment(rank, world, port) for rank in range(world)]
+        processes = [
+            forkserver().Process(target=_run_module, args=(module, arguments, own, log))
+            for own, log in zip(settings, logs, strict=True)
+        ]
+        for p in processes:
+            p.start()
+        until = time.monotonic() + timeout
+        for p in processes:
+            p.join(max(0, until - time.monotonic()))
         for p in processes:
             p.kill()
-    for rank, (p, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert p.returncode == 0, f"process {rank} of {module} {arguments} ended with {p.returncode}:\n{output[-3000:]}"
+            p.join()
+        for rank, (p, log) in enumerate(zip(processes, logs, strict=True)):
+            end = log.read_text()[-3000:] if log.exists() else ""
+            assert p.exitcode == 0, f"process {rank} of {module} {arguments} ended with {p.exitcode}:\n{end}"
+
+
+def _run_module(module: str, arguments: list[str], settings: dict[str, str], log: Path) -> None:
+    os.environ.clear()  # it is the server's
+    os.environ.update(settings)
+    with log.open("w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__")

@@ -34,9 +34,8 @@ from hornet_lit.data import CIFARDataModule, DigitsDataModule, ImageNetDataModul
 from hornet_lit.data.cifar_names import NAMES
 from hornet_lit.module import ImageClassifier
 from hornet_lit.strategy import FullyShardedStrategy
-from tests.distributed.processes import environment, free_port
+from tests.distributed.processes import environment, forkserver, free_port
 
-MODULE = "tests.distributed.resume_matrix"
 EPOCHS, STEPS, BATCH = 3, 6, 32
 KILLS = {"1": 1, "mid": 3, "last-1": STEPS - 1, "last": STEPS, "last+1": STEPS + 1}
 STRATEGIES = {"single": ("auto", 1), "ddp 2": ("ddp", 2), "FSDP2 2": ("fsdp", 2)}
@@ -152,12 +151,10 @@ def train(out: str, cell: Cell, kill: int | None, resume: str | None, settings: 
 
 def launch(out: Path, cell: Cell, *, kill: int | None = None, resume: Path | None = None) -> None:
     """Run all processes of one training and wait for them; a killed run must end by SIGKILL."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([MODULE])
     world, port = STRATEGIES[cell.strategy][1], free_port()
     run = (str(out), cell, kill, resume and str(resume))
     settings = [environment(rank, world, port) for rank in range(world)]
-    processes = [context.Process(target=train, args=(*run, own)) for own in settings]
+    processes = [forkserver().Process(target=train, args=(*run, own)) for own in settings]
     for p in processes:
         p.start()
     for p in processes:

@@ -50,13 +50,13 @@ exec {sys.executable} -m tests.distributed.command "$@"
 
 
 class Beacon(pl.Callback):
-    """Leaves a file with this process's id when a step (or a validation) is reached, and makes every step last.
+    """Leaves a file with this process's id when a step (or a validation) is reached, and makes every later one last.
 
     Args:
         folder: for the files, `<rank>` each.
         step: the optimizer step.
         where: "train" or "validation".
-        seconds: that each batch takes longer than it would.
+        seconds: that each batch from that step on takes longer than it would.
     """
 
     def __init__(self, folder: str, step: int = 3, where: str = "train", seconds: float = 0.05) -> None:
@@ -69,9 +69,11 @@ class Beacon(pl.Callback):
         self._reached(trainer, "validation")
 
     def _reached(self, trainer: pl.Trainer, where: str) -> None:
-        time.sleep(self.seconds)
-        if where == self.where and trainer.global_step >= self.step and not trainer.sanity_checking:
+        if trainer.sanity_checking or trainer.global_step < self.step:
+            return
+        if where == self.where:
             (self.folder / str(trainer.global_rank)).write_text(str(os.getpid()))
+        time.sleep(self.seconds)
 
 
 class Run:

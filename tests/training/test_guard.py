@@ -90,6 +90,15 @@ def test_images_of_the_step_are_those_that_were_in_it() -> None:
         assert data.images_of_step(0, batch) == seen
 
 
+def test_images_of_a_step_are_those_of_the_first_epoch_while_overfitting() -> None:
+    data = DigitsDataModule(batch_size=16, img_size=16)
+    data.trainer = pl.Trainer(accelerator="cpu", overfit_batches=2, logger=False, enable_checkpointing=False)
+    data.setup("fit")
+    sampler = data.train_dataloader().sampler
+    sampler.set_epoch(1)
+    assert data.images_of_step(1, 1) == [index for _, index in list(sampler)[16:32]]
+
+
 def test_it_is_skipped_as_often_as_allowed(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=rf"step skipped at batch {POISONED} of epoch 0.*\(1 of 1 that may be"):
         trainer = fit(tmp_path, Poison(), skip_nonfinite=1)

@@ -102,22 +102,22 @@ def test_equal_probabilities_come_in_class_order() -> None:
     assert class_Bk.tolist() == [[0, 1, 2, 3], [300, 700, 0, 1]]
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_files_do_not_depend_on_the_number_of_processes(tmp_path: Path, single: Path, world: int) -> None:
+def test_files_of_two_processes_are_those_of_one(tmp_path: Path, single: Path) -> None:
+    """More processes and other sizes: tests/distributed/test_exactness.py."""
     # a crashed run of more processes, and one whose rows look right, left these behind
     (tmp_path / "7.csv.rank0.part").write_text("0,1,1\n1,1,1\n")
     (tmp_path / "7.csv.rank5.part").write_text("3,1,1\n")
-    out = start(tmp_path, world=world)
+    out = start(tmp_path, world=2)
     for count in COUNTS:
         assert (tmp_path / f"{count}.csv").read_bytes() == (single / f"{count}.csv").read_bytes()
         assert len(read(tmp_path / f"{count}.csv")) == count
     # every rank raises what rank 0 found, none waits for ever, and no table appears
-    for rank in range(world):
+    for rank in range(2):
         said = (tmp_path / f"broken.{rank}.txt").read_text()
         assert "1 of 7 images missing: index 2;" in said and "predicted twice: index 5." in said
     assert not (tmp_path / "broken.csv").exists()
     left = sorted(path.name for path in tmp_path.glob("*.part"))
-    assert left == [f"broken.csv.rank{rank}.part" for rank in range(world)]
+    assert left == [f"broken.csv.rank{rank}.part" for rank in range(2)]
     assert not list(tmp_path.glob("*.tmp"))
     # and a fit on as many processes drew its pictures, once
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"metrics.csv", "curves.png", "predictions.png"}
