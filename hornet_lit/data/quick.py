@@ -1,8 +1,9 @@
 """The costly ones of timm's PIL transforms, computed otherwise: the same random draws, the same pixels up to rounding.
 
-Found by measurement on ImageNet's JPEGs (`python -m tests.data.throughput`): beside decoding, the time goes into Pillow's
-resize, which is not vectorised, and into its bicubic affine transforms, which gather 16 pixels in double precision where
-a shear or a shift needs 4. How far the pixels may differ is stated, and held to, in tests/data/test_quick.py.
+Found by measurement on ImageNet's JPEGs (`python -m tests.data.throughput`): beside decoding, the time goes into
+Pillow's resize, which is not vectorised, and into its bicubic affine transforms, which gather 16 pixels in double
+precision where a shear or a shift needs 4. How far the pixels may differ is stated, and held to, in
+tests/data/test_quick.py.
 
 Shape letters: C channels, H height, W width, L the lines (rows or columns) of an image.
 Pixels are handled as 32-bit words of red, green, blue and nothing, which is how Pillow keeps RGB.
@@ -91,10 +92,10 @@ class _ResizedCrop(RandomResizedCropAndInterpolation):
 
 
 def slide(image: Image.Image, offset_L: np.ndarray, *, axis: int, fill: tuple[int, int, int]) -> Image.Image:
-    """Move each line of an image along itself: pixel i of line l is read at i + offset_L[l], between pixels bicubically.
+    """Move each line of an image along itself: pixel i of line l is read at i + offset_L[l], bicubically interpolated.
 
-    As Pillow's affine transform: the kernel with a = -1, border pixels repeated under it, cut to whole numbers and
-    not rounded.
+    As Pillow's affine transform: the kernel with a = -1, border pixels repeated under it, fractions cut off and not
+    rounded.
 
     Args:
         image: RGB.

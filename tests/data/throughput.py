@@ -57,7 +57,12 @@ def jpeg_sides(folder: Path, *, img_size: int, passes: int) -> dict[str, Side]:
 
     def timm_side(*, prefetcher: bool) -> Side:
         transform = create_transform(
-            (3, img_size, img_size), is_training=True, use_prefetcher=prefetcher, re_prob=0.25, re_mode="pixel", **PUBLISHED
+            (3, img_size, img_size),
+            is_training=True,
+            use_prefetcher=prefetcher,
+            re_prob=0.25,
+            re_mode="pixel",
+            **PUBLISHED,
         )
         for part in transform.transforms:
             replace_ops(part, {posterize: mended_posterize})
@@ -141,7 +146,7 @@ def rates(sides: dict[str, Side], *, repeats: int) -> dict[str, list[float]]:
 def table(title: str, found: dict[str, list[float]]) -> str:
     """Medians, smallest and largest, and how many times the first side's median is of each."""
     first = statistics.median(next(iter(found.values())))
-    rows = [f"| {title} | images/s per core | smallest to largest | hornet-lit's first row / this |", "|---|---|---|---|"]
+    rows = [f"| {title} | images/s per core | smallest to largest | first row / this |", "|---" * 4 + "|"]
     for name, values in found.items():
         median = statistics.median(values)
         rows.append(f"| {name} | {median:.0f} | {min(values):.0f} to {max(values):.0f} | {first / median:.2f}× |")
