@@ -3,7 +3,7 @@
     python -m tests.data.throughput --images FOLDER [--repeats 7]    # FOLDER of class folders; Markdown tables
 
 A second is one of CPU time of this process, with one thread, so that other processes cost it little. All sides take
-turns, `--repeats` times. timm's are its ImageDataset, create_transform and collate functions, as its create_loader puts
+turns, pass by pass. timm's are its ImageDataset, create_transform and collate functions, as its create_loader puts
 them together in the loader processes: without its prefetcher images are normalised and erased there, with it they
 leave as uint8 (its training script's default), as ours do.
 """
@@ -43,7 +43,7 @@ def mended_posterize(image: Image.Image, bits: int, **kwargs: object) -> Image.I
     return posterize(image, bits, **kwargs) if bits else Image.new(image.mode, image.size)
 
 
-def jpeg_sides(folder: Path, *, img_size: int, passes: int) -> dict[str, Side]:
+def jpeg_sides(folder: Path, *, img_size: int) -> dict[str, Side]:
     """Ours up to what a loader process hands over, ours with the device's part on this core too, and timm's two."""
     module = ImageNetDataModule(root=str(folder), img_size=img_size)
     ours = KeyedImages(FolderImages(folder), train_transform(img_size=img_size, mean=module.mean), seed=0)
@@ -51,9 +51,8 @@ def jpeg_sides(folder: Path, *, img_size: int, passes: int) -> dict[str, Side]:
     epochs = iter(range(10**6))
 
     def batches() -> Iterator[list[int]]:
-        for _ in range(passes):
-            order = torch.randperm(len(ours)).tolist()
-            yield from (order[start : start + BATCH] for start in range(0, len(order), BATCH))
+        order = torch.randperm(len(ours)).tolist()
+        yield from (order[start : start + BATCH] for start in range(0, len(order), BATCH))
 
     def timm_side(*, prefetcher: bool) -> Side:
         transform = create_transform(
@@ -131,26 +130,37 @@ def cifar_sides(*, images: int, batch: int) -> dict[str, Side]:
     }
 
 
-def rates(sides: dict[str, Side], *, repeats: int) -> dict[str, list[float]]:
-    """Images per CPU second of each side, `repeats` times, the sides in turn after one unmeasured round."""
+def rates(sides: dict[str, Side], *, repeats: int, passes: int = 1) -> dict[str, list[float]]:
+    """Images per CPU second of each side, `repeats` times, after one unmeasured round.
+
+    The sides change after every pass, since the speed of a shared core changes from second to second.
+    """
     found: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
-        for name, side in sides.items():
-            start = time.process_time()
-            count = side()
-            if repeat:
-                found[name].append(count / (time.process_time() - start))
+        images, seconds = dict.fromkeys(sides, 0), dict.fromkeys(sides, 0.0)
+        for _ in range(passes if repeat else 1):
+            for name, side in sides.items():
+                start = time.process_time()
+                images[name] += side()
+                seconds[name] += time.process_time() - start
+        if repeat:
+            for name in sides:
+                found[name].append(images[name] / seconds[name])
     return found
 
 
 def table(title: str, found: dict[str, list[float]]) -> str:
-    """Medians, smallest and largest, and how many times the first side's median is of each."""
-    first = statistics.median(next(iter(found.values())))
-    rows = [f"| {title} | images/s per core | smallest to largest | first row / this |", "|---" * 4 + "|"]
+    """Medians, smallest and largest: images/s, and how many times those the first side makes in the same repeat."""
+    first = next(iter(found.values()))
+    rows = [f"| {title} | images/s per core | first row / this |", "|---|---|---|"]
     for name, values in found.items():
-        median = statistics.median(values)
-        rows.append(f"| {name} | {median:.0f} | {min(values):.0f} to {max(values):.0f} | {first / median:.2f}× |")
+        ratios = [ours / theirs for ours, theirs in zip(first, values, strict=True)]
+        rows.append(f"| {name} | {_spread(values, '.0f')} | {_spread(ratios, '.2f')} |")
     return "\n".join(rows)
+
+
+def _spread(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def main() -> None:
@@ -158,15 +168,15 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--passes", type=int, default=3, help="over the images, in each repeat")
-    parser.add_argument("--cifar-images", type=int, default=10_000)
+    parser.add_argument("--passes", type=int, default=3, help="over the images, of each side in each repeat")
+    parser.add_argument("--cifar-images", type=int, default=2_000)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    sides = jpeg_sides(asked.images, img_size=asked.img_size, passes=asked.passes)
-    print(table(f"JPEGs, {asked.img_size}²", rates(sides, repeats=asked.repeats)), flush=True)
+    sides = jpeg_sides(asked.images, img_size=asked.img_size)
+    print(table(f"JPEGs, {asked.img_size}²", rates(sides, repeats=asked.repeats, passes=asked.passes)), flush=True)
     print()
     cifar = cifar_sides(images=asked.cifar_images, batch=128)
-    print(table("CIFAR, crop and flip", rates(cifar, repeats=asked.repeats)))
+    print(table("CIFAR, crop and flip", rates(cifar, repeats=asked.repeats, passes=asked.passes)))
 
 
 if __name__ == "__main__":
