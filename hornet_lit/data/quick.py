@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -110,26 +111,26 @@ def slide(image: Image.Image, offset_L: np.ndarray, *, axis: int, fill: tuple[in
     whole_L = np.floor(offset_L)
     step_L = whole_L.astype(np.int32)
     # Taps -1 … 2 of all pixels of a line are the same pixels, so each is fetched, and made a float, once.
-    tap = np.clip(along(np.arange(-1, length + 2, dtype=np.int32)) + across(step_L), 0, length - 1)
+    place = np.clip(along(np.arange(-1, length + 2, dtype=np.int32)) + across(step_L), 0, length - 1)
     line_L = across(np.arange(len(offset_L), dtype=np.int32))
-    source = tap + line_L * width if axis == 1 else tap * width + line_L
+    source = place + line_L * width if axis == 1 else place * width + line_L
     x = pixel_HW.reshape(-1).take(source).view(np.uint8)
-    x_4 = torch.from_numpy(x.reshape(len(source), -1)).float()  # (H, 4 W), the taps' extra ones along `axis`
+    x_HW4 = torch.from_numpy(x.reshape(len(source), -1)).float()  # and three lines more along `axis`
     weights = _cubic(offset_L - whole_L)
     if axis == 1:
-        taps = [(x_4[:, 4 * k : 4 * (k + length)], weight_L[:, None]) for k, weight_L in enumerate(weights)]
+        taps = [(x_HW4[:, 4 * k : 4 * (k + length)], weight_L[:, None]) for k, weight_L in enumerate(weights)]
     else:
-        taps = [(x_4[k : k + length], weight_L.repeat_interleave(4)) for k, weight_L in enumerate(weights)]
+        taps = [(x_HW4[k : k + length], weight_L.repeat_interleave(4)) for k, weight_L in enumerate(weights)]
     sum_HW4 = taps[0][0] * taps[0][1]
-    for x_HW4, weight in taps[1:]:
-        sum_HW4.addcmul_(x_HW4, weight)
+    for tap_HW4, weight in taps[1:]:
+        sum_HW4.addcmul_(tap_HW4, weight)
     # Before fractions are cut off: a plain area must not fall by one because of the weights' rounding.
     sum_HW4.add_(1e-3).clamp_(0, 255)
     moved_HW = sum_HW4.numpy().astype(np.uint8).view(_WORD)
-    place, middle_L = along(np.arange(length, dtype=np.int32)), offset_L + 0.5
+    pixel, middle_L = along(np.arange(length, dtype=np.int32)), offset_L + 0.5
     first_L = np.ceil(-middle_L).astype(np.int32)  # 0 ≤ i + ½ + offset
     end_L = np.ceil(length - middle_L).astype(np.int32)  # i + ½ + offset < length
-    outside_HW = (place < across(first_L)) | (place >= across(end_L))
+    outside_HW = (pixel < across(first_L)) | (pixel >= across(end_L))
     red, green, blue = fill
     np.copyto(moved_HW, np.int32(red | green << 8 | blue << 16), where=outside_HW)
     return from_words(moved_HW.reshape(height, width))
@@ -145,15 +146,32 @@ def _cubic(part_L: np.ndarray) -> list[Tensor]:
 _Op = Callable[..., Image.Image]
 
 
-def _sliding(op: _Op, offsets: Callable[[Image.Image, float], np.ndarray], axis: int) -> _Op:
-    """`op` of timm's as lines that slide, where it is bicubic on RGB; else `op` itself."""
+def _sheared(amount: float, *, lines: int, length: int) -> np.ndarray:
+    return amount * (np.arange(lines) + 0.5)
 
-    def quick(image: Image.Image, amount: float, **kwargs: Any) -> Image.Image:
+
+def _shifted(amount: float, *, lines: int, length: int) -> np.ndarray:
+    return np.full(lines, amount, np.float64)
+
+
+def _shifted_by_share(amount: float, *, lines: int, length: int) -> np.ndarray:
+    return np.full(lines, amount * length)
+
+
+@dataclass(frozen=True)
+class _Sliding:
+    """`op` of timm's as lines that slide, where it is bicubic on RGB; else `op` itself. A class, to be pickled."""
+
+    op: _Op
+    offsets: Callable[..., np.ndarray]
+    axis: int
+
+    def __call__(self, image: Image.Image, amount: float, **kwargs: Any) -> Image.Image:
         if image.mode != "RGB" or kwargs.get("resample") != Image.Resampling.BICUBIC:
-            return op(image, amount, **kwargs)
-        return slide(image, offsets(image, amount), axis=axis, fill=kwargs["fillcolor"])
-
-    return quick
+            return self.op(image, amount, **kwargs)
+        length, lines = image.size if self.axis == 1 else image.size[::-1]
+        offset_L = self.offsets(amount, lines=lines, length=length)
+        return slide(image, offset_L, axis=self.axis, fill=kwargs["fillcolor"])
 
 
 def _sharpness(image: Image.Image, factor: float, **kwargs: Any) -> Image.Image:
@@ -172,28 +190,12 @@ def _sharpness(image: Image.Image, factor: float, **kwargs: Any) -> Image.Image:
     return Image.blend(Image.fromarray(x_HWC), image, factor)
 
 
-def _along_y(image: Image.Image) -> np.ndarray:
-    return np.arange(image.height) + 0.5
-
-
-def _along_x(image: Image.Image) -> np.ndarray:
-    return np.arange(image.width) + 0.5
-
-
 QUICKER: dict[_Op, _Op] = {
     timm_ops.sharpness: _sharpness,
-    timm_ops.shear_x: _sliding(timm_ops.shear_x, lambda image, factor: factor * _along_y(image), 1),
-    timm_ops.shear_y: _sliding(timm_ops.shear_y, lambda image, factor: factor * _along_x(image), 0),
-    timm_ops.translate_x_rel: _sliding(
-        timm_ops.translate_x_rel, lambda image, share: np.full(image.height, share * image.width), 1
-    ),
-    timm_ops.translate_y_rel: _sliding(
-        timm_ops.translate_y_rel, lambda image, share: np.full(image.width, share * image.height), 0
-    ),
-    timm_ops.translate_x_abs: _sliding(
-        timm_ops.translate_x_abs, lambda image, pixels: np.full(image.height, pixels, np.float64), 1
-    ),
-    timm_ops.translate_y_abs: _sliding(
-        timm_ops.translate_y_abs, lambda image, pixels: np.full(image.width, pixels, np.float64), 0
-    ),
+    timm_ops.shear_x: _Sliding(timm_ops.shear_x, _sheared, 1),
+    timm_ops.shear_y: _Sliding(timm_ops.shear_y, _sheared, 0),
+    timm_ops.translate_x_rel: _Sliding(timm_ops.translate_x_rel, _shifted_by_share, 1),
+    timm_ops.translate_y_rel: _Sliding(timm_ops.translate_y_rel, _shifted_by_share, 0),
+    timm_ops.translate_x_abs: _Sliding(timm_ops.translate_x_abs, _shifted, 1),
+    timm_ops.translate_y_abs: _Sliding(timm_ops.translate_y_abs, _shifted, 0),
 }

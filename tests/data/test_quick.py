@@ -8,6 +8,7 @@ work, which moves both by more: the whole pipeline stays above 30 dB for every i
 
 from __future__ import annotations
 
+import pickle
 import random
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def test_crop_is_pillows_rows_first() -> None:
 
 def test_whole_pipeline_draws_as_timms_and_gives_its_pixels() -> None:
     plain, ours = timms_transform(64), train_transform(img_size=64, mean=MEAN)
+    ours = pickle.loads(pickle.dumps(ours))  # as loader processes get it where they are not forked
     same, others = [], []
     for seed in range(150):
         image = photo(150, 120, seed)
