@@ -99,4 +99,7 @@ def _to_8_bit(image: Image.Image, mode: str) -> Image.Image:
         raise ValueError("floating-point pixels of unknown range; save it with 8 or 16 bits a channel")
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB Pillow warns, and this gives the same colours
+    elif image.format == "JPEG" and image.mode == mode:
+        image.load()  # convert would copy them as well
+        return image
     return image.convert(mode)  # also loads the pixels, so a truncated file fails here and not later

@@ -170,15 +170,16 @@ class KeyedImages(Dataset[tuple[Tensor, Tensor]]):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, np.ndarray]:
+        with generators_kept():
+            return self._sample(key)
+
+    def _sample(self, key: Key) -> tuple[Tensor, np.ndarray]:
         epoch, index = key
         is_padding = index >= len(self.source)
         image, label = self._read(epoch, 0 if is_padding else index)
-        if self.seed is None:
-            x_CHW = self.transform(image)
-        else:
-            with random_from(self.seed, epoch, index):
-                x_CHW = self.transform(image)
-        return x_CHW, np.full_like(label, PADDING) if is_padding else label
+        if self.seed is not None:
+            draw_from(self.seed, epoch, index)
+        return self.transform(image), np.full_like(label, PADDING) if is_padding else label
 
     def warn_of_skipped(self) -> None:
         """Say how many images were unreadable, and what came of them."""
@@ -202,7 +203,8 @@ class KeyedImages(Dataset[tuple[Tensor, Tensor]]):
             place = seed_from(self.seed, epoch, index, draws) % len(self.source)
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
-        samples = [self[key] for key in keys]
+        with generators_kept():
+            samples = [self._sample(key) for key in keys]
         x_BCHW = torch.stack([x for x, _ in samples])
         return x_BCHW, torch.from_numpy(np.array([y for _, y in samples], dtype=np.int64))
 
@@ -234,19 +236,32 @@ def seed_from(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def draw_from(*numbers: int) -> None:
+    """Seed python, numpy and torch (CPU) from `numbers`."""
+    seed = seed_from(*numbers)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    # Not torch.manual_seed: that would seed the GPU's generators as well, which `generators_kept` does not restore.
+    torch.random.default_generator.manual_seed(seed)
+
+
 @contextmanager
 def random_from(*numbers: int) -> Iterator[None]:
-    """Seed python, numpy and torch (CPU) from `numbers` within the block, and leave all three as they were after it.
+    """Seed python, numpy and torch (CPU) from `numbers` within the block, and leave all three as they were after it."""
+    with generators_kept():
+        draw_from(*numbers)
+        yield
 
-    Restoring matters with num_workers=0, where the block runs in the process that also draws drop path and mixup.
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave the generators of python, numpy and torch (CPU) as they were before the block.
+
+    That matters with num_workers=0, where the block runs in the process that also draws drop path and mixup. It takes
+    five times as long as `draw_from`, so it is done once a batch.
     """
-    seed = seed_from(*numbers)
     state_python, state_numpy, state_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        # Not torch.manual_seed: that would seed the GPU's generators as well, which are not restored here.
-        torch.random.default_generator.manual_seed(seed)
         yield
     finally:
         random.setstate(state_python)

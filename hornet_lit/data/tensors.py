@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .sampling import PADDING, Key, random_from, seed_from
+from .sampling import PADDING, Key, draw_from, generators_kept, seed_from
 
 BatchStep = Callable[[Tensor, int, Tensor], Tensor]  # (uint8 x_BCHW, epoch, index_B) → uint8 x_BCHW
 
@@ -179,11 +179,11 @@ class PerImage:
 
     def __call__(self, x_BCHW: Tensor, epoch: int, index_B: Tensor) -> Tensor:
         images = []
-        for x_CHW, index in zip(x_BCHW, index_B.tolist(), strict=True):
-            grey = len(x_CHW) == 1
-            image = Image.fromarray((x_CHW[0] if grey else x_CHW.permute(1, 2, 0)).numpy())
-            with random_from(self.seed, epoch, index):
-                image = self.transform(image)
-            x_HWC = torch.from_numpy(np.array(image))
-            images.append(x_HWC[None] if grey else x_HWC.permute(2, 0, 1))
+        with generators_kept():
+            for x_CHW, index in zip(x_BCHW, index_B.tolist(), strict=True):
+                grey = len(x_CHW) == 1
+                image = Image.fromarray((x_CHW[0] if grey else x_CHW.permute(1, 2, 0)).numpy())
+                draw_from(self.seed, epoch, index)
+                x_HWC = torch.from_numpy(np.array(self.transform(image)))
+                images.append(x_HWC[None] if grey else x_HWC.permute(2, 0, 1))
         return torch.stack(images)

@@ -1,5 +1,7 @@
 """The published ImageNet transforms, from timm's factory, as uint8 tensors; the rest follows on the device.
 
+In training, parts of timm's are replaced by quicker ones, see `quick`; evaluation is timm's to the last bit.
+
 Source: main training script and datasets.py of raoyongming/HorNet, reference recipe in hornet.md §3.
 
 Shape letters: B batch, V views of an image, C channels, H height, W width.
@@ -22,6 +24,7 @@ from torch import Tensor
 from torchvision.transforms import Compose
 from torchvision.transforms.functional import five_crop
 
+from .quick import quicken, replace_ops
 from .sampling import random_from, seed_from
 
 Transform = Callable[[Image.Image], Tensor]  # PIL image → uint8 CHW, or VCHW
@@ -138,8 +141,8 @@ def train_transform(
             mean=tuple(mean),
         )
     for part in transform.transforms:
-        _mend_posterize(part)
-    return transform
+        replace_ops(part, _MENDED)
+    return quicken(transform)
 
 
 def rand_augment(config: str, hparams: dict[str, Any]) -> Callable[[Image.Image], Image.Image]:
@@ -148,7 +151,7 @@ def rand_augment(config: str, hparams: dict[str, Any]) -> Callable[[Image.Image]
         raise ValueError(f"auto_augment is {config!r}: give a RandAugment string such as rand-m9-mstd0.5-inc1")
     with _naming(config):
         transform = rand_augment_transform(config, dict(hparams))
-    _mend_posterize(transform)
+    replace_ops(transform, _MENDED)
     return transform
 
 
@@ -192,16 +195,12 @@ def _naming(auto_augment: str | None) -> Iterator[None]:
         ) from error
 
 
-def _mend_posterize(transform: object) -> None:
-    """Let timm's posterize keep 0 bits, which the published magnitudes ask for and Pillow 13 refuses: a black image."""
-    policies = getattr(transform, "policy", [])
-    for op in [*getattr(transform, "ops", []), *(op for policy in policies for op in policy)]:
-        if getattr(op, "aug_fn", None) is posterize:
-            op.aug_fn = _posterize
-
-
 def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
     return posterize(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+
+
+# timm's posterize keeps 0 bits, which the published magnitudes ask for and Pillow 13 refuses: a black image.
+_MENDED = {posterize: _posterize}
 
 
 class KeyedRandomErasing:
