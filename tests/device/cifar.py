@@ -11,7 +11,11 @@ from tests.device.command import column, fit
 from tests.device.report import Bar, Job, Report
 
 ACCURACY, MINUTES = "CIFAR-10 from scratch, top-1 on the test images in %", "CIFAR-10 from scratch, minutes"
-SMALL = "--config debug --trainer.fast_dev_run false --trainer.max_epochs 1 --data.batch_size 8 --model.ema_decay 0.5"
+SMALL = (
+    *("--model.network_options", '{"base_dim": 16, "depths": [1, 1, 1, 1]}', "--model.warmup_epochs", "0"),
+    *("--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1", "--data.batch_size", "8"),
+    *("--data.num_workers", "0"),
+)
 
 
 def bars() -> list[Bar]:
@@ -25,8 +29,8 @@ def run(job: Job) -> Report:
         return report
     folder = job.output / f"cifar-{time.time_ns()}"
     words = ["--config", "cifar10", "--data.root", str(job.images.resolve())]
-    words += ["--trainer.logger.save_dir", str(folder.resolve()), "--trainer.logger.name", "."]
-    words += ["--trainer.logger.version", "run", *(SMALL.split() if job.small else [])]
+    words += ["--trainer.logger.save_dir", str(folder.resolve()), "--trainer.logger.name", ""]
+    words += ["--trainer.logger.version", "run", *(SMALL if job.small else ())]
     ended = fit(words, log=folder / "log.txt", seconds=job.left())
     raw, ema = (column(folder / "run", name) for name in ("val/acc1", "val/acc1_ema"))
     whole = ended.code == 0

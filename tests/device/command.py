@@ -1,4 +1,4 @@
-"""`hornet-lit fit` as a user runs it, in a process of its own that is stopped when the time is up."""
+"""`hornet-lit fit` with the words that a user would give it, and what it leaves in its run's folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,17 @@ class Ended:
         return " / ".join(self.output.strip().splitlines()[-5:])[-500:]
 
 
+def fit_here(words: Sequence[str], *, log: Path) -> Ended:
+    """Runs `hornet-lit fit` with `words` in this process, which spares the imports."""
+    import hornet_lit.cli_lightning  # noqa: F401  before the redirection: Lightning keeps the stderr of its first import
+    from hornet_lit.cli import main
+
+    started = time.monotonic()
+    with log.open("w", encoding="utf-8") as output, redirect_stdout(output), redirect_stderr(output):
+        code = main(["fit", *words])
+    return _ended(code, cut=False, started=started, log=log)
+
+
 def fit(words: Sequence[str], *, log: Path, seconds: float) -> Ended:
     """Runs `hornet-lit fit` with `words`; after `seconds` it gets SIGTERM, then SIGKILL."""
     command = [sys.executable, "-m", "hornet_lit", "fit", *words]
@@ -48,8 +60,12 @@ def fit(words: Sequence[str], *, log: Path, seconds: float) -> Ended:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-    took = time.monotonic() - started
-    return Ended(code=process.returncode, cut=cut, seconds=took, output=log.read_text(encoding="utf-8", errors="replace"))
+    return _ended(process.returncode, cut=cut, started=started, log=log)
+
+
+def _ended(code: int, *, cut: bool, started: float, log: Path) -> Ended:
+    printed = log.read_text(encoding="utf-8", errors="replace")
+    return Ended(code=code, cut=cut, seconds=time.monotonic() - started, output=printed)
 
 
 def column(run: Path, name: str) -> dict[int, float]:

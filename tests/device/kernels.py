@@ -142,7 +142,9 @@ def _global(report: Report, timer: Timer, batch: int) -> None:
     rows = []
     for c, side in GLOBAL:
         x_BCHW = timer.random(batch, c, side, side, dtype=torch.float32, grad=True)
-        weight_CHF2 = (timer.random(c, side, side // 2 + 1, 2, dtype=torch.float32, channels_last=False) * 0.02).detach()
+        weight_CHF2 = (
+            timer.random(c, side, side // 2 + 1, 2, dtype=torch.float32, channels_last=False) * 0.02
+        ).detach()
         weight_CHF2.requires_grad_()
         there_PK, back_KP = _dft(side, timer.device)
         forms: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]]

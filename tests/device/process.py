@@ -1,4 +1,4 @@
-"""Each part in a process of its own: a kernel that fails leaves CUDA unusable, and a compilation cannot be interrupted."""
+"""A part in a process of its own: a kernel that fails leaves CUDA unusable, and a compilation cannot be interrupted."""
 
 from __future__ import annotations
 

@@ -187,7 +187,9 @@ def _tell(step: str, results: dict[Variant, Result], report: Report) -> None:
     rate = statistics.median(result.product_rate for result in results.values())
     size = next(iter(results)).setting.size
     report.tables = {t: rows for t, rows in report.tables.items() if not t.startswith(STEPS[step])}
-    report.tables[f"{STEPS[step]}, {size}², medians of turns (range), best bf16 product {rate / 1e3:.3g} TFLOP/s"] = rows
+    report.tables[f"{STEPS[step]}, {size}², medians of turns (range), best bf16 product {rate / 1e3:.3g} TFLOP/s"] = (
+        rows
+    )
 
 
 def _ratio(own: Result, other: Result) -> float:

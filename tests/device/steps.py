@@ -7,6 +7,7 @@ squeezed into these steps.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from itertools import product
@@ -18,7 +19,7 @@ from PIL import Image
 
 from hornet_lit.bench import Run, Setting, machine
 from hornet_lit.data.cifar_names import NAMES
-from tests.device.command import column, fit
+from tests.device.command import column, fit_here
 from tests.device.report import Bar, Job, Report
 
 RECIPES = {"7×7": "hornet_t_in1k", "GF": "hornet_t_gf_in1k"}
@@ -27,9 +28,10 @@ PRECISIONS = ("bf16-mixed", "32-true")
 STEPS = 500
 WARM_UP = 0.2  # of the steps
 BATCHES = (256, 128, 64, 32, 16)
-START = 25.0  # seconds that a command takes beside its steps
+START = 5.0  # seconds that a training takes beside its steps
 OVERHEAD = 1.4  # of a whole training's step over the bare one's: data, mixup, EMA, clipping, logging
 SMALL_NETWORKS = {"7×7": "hornet_pico_32", "GF": "hornet_nano_gf_32"}
+SMALL = ("--model.network_options", '{"base_dim": 16, "depths": [1, 1, 1, 1]}')
 
 
 def bars() -> list[Bar]:
@@ -49,14 +51,16 @@ def run(job: Job) -> Report:
     steps = 4 if job.small else STEPS
     batch = 4 if job.small else _largest_batch(job, device, report)
     folder = job.output / f"steps-{time.time_ns()}"
-    images = make_images(folder / "images", per_class=2 if job.small else 512)
+    images = make_images(folder / "images", per_class=2 if job.small else 256)
     curves: dict[tuple[str, str], dict[int, float]] = {}
     rows = report.tables.setdefault(f"{steps} steps of {batch} images by the recipes' model settings", [])
     trainings = list(product(RECIPES, PRECISIONS))
     for number, (kind, precision) in enumerate(trainings):
         run_folder = folder / f"{RECIPES[kind]}-{precision}"
         words = _words(kind, precision, images=images, run=run_folder, batch=batch, steps=steps, small=job.small)
-        ended = fit(words, log=folder / f"{run_folder.name}.txt", seconds=job.left() / (len(trainings) - number))
+        seconds = max(1, int(job.left() / (len(trainings) - number) - START))
+        words += ["--trainer.max_time", f"00:00:{seconds // 60:02d}:{seconds % 60:02d}"]
+        ended = fit_here(words, log=folder / f"{run_folder.name}.txt")
         losses = column(run_folder / "run", "train/loss")
         skipped = len(list(run_folder.glob("run/nonfinite-step*.json")))
         bad = max(skipped, sum(not math.isfinite(loss) for loss in losses.values()))
@@ -70,14 +74,16 @@ def run(job: Job) -> Report:
                 "loss, first ten": _mean(list(losses.values())[:10]),
                 "loss, last ten": _mean(list(losses.values())[-10:]),
                 "seconds": ended.seconds,
-                "": "cut" if ended.cut else "" if ended.code == 0 else "failed",
+                "": "failed" if ended.code else "cut, its time was up" if len(losses) < steps else "",
             }
         )
-        if ended.code != 0 and not ended.cut:
+        if ended.code:
             report.notes.append(f"{kind}, {precision}: exit code {ended.code}: {ended.why()}")
         if precision == "bf16-mixed" and losses:
             report.found[f"{kind}, bf16-mixed, losses that are not finite"] = float(bad)
             report.found[f"{kind}, bf16-mixed, steps taken"] = float(len(losses))
+        gc.collect()  # the network of this training
+        torch.cuda.empty_cache()
         draw(curves, job.output / "steps.png")
         report.save(job.output)
     report.notes.append(f"loss curves: {job.output / 'steps.png'}")
@@ -98,17 +104,13 @@ def make_images(folder: Path, *, per_class: int) -> Path:
             for i in range(count):
                 angle = math.pi * label / 10
                 phase, frequency = random.uniform(0, 2 * math.pi), random.uniform(3, 5)
-                wave_HW = np.sin(
-                    2 * math.pi * frequency * (x_HW * math.cos(angle) + y_HW * math.sin(angle)) + phase
-                )
+                wave_HW = np.sin(2 * math.pi * frequency * (x_HW * math.cos(angle) + y_HW * math.sin(angle)) + phase)
                 x_HWC = 128 + 50 * wave_HW[..., None] * random.uniform(0.3, 1, 3) + random.normal(0, 30, (32, 32, 3))
                 Image.fromarray(x_HWC.clip(0, 255).astype(np.uint8)).save(inside / f"{i:04d}.png")
     return folder
 
 
-def _words(
-    kind: str, precision: str, *, images: Path, run: Path, batch: int, steps: int, small: bool
-) -> list[str]:
+def _words(kind: str, precision: str, *, images: Path, run: Path, batch: int, steps: int, small: bool) -> list[str]:
     """The recipe, its data exchanged: CIFAR's module holds the images in memory and enlarges them on the device."""
     per_epoch = len(list(images.glob("train/*/*"))) // batch
     data = {
@@ -116,6 +118,7 @@ def _words(
         "num_classes": 10,
         "batch_size": batch,
         "eval_batch_size": batch,
+        "num_workers": 0,
         "img_size": 32 if small else 224,
         "hflip": 0.0,  # a mirrored grating is of another class
         "reprob": 0.25,
@@ -129,7 +132,8 @@ def _words(
         *("--trainer.max_epochs", str(-(-steps // per_epoch)), "--trainer.limit_val_batches", "2"),
         *("--trainer.logger.save_dir", str(run.parent.resolve()), "--trainer.logger.name", run.name),
         *("--trainer.logger.version", "run", "--trainer.check_val_every_n_epoch", "10"),
-        *(("--model.network", SMALL_NETWORKS[kind], "--model.img_size", "32") if small else ()),
+        *("--trainer.enable_progress_bar", "false"),
+        *(("--model.network", SMALL_NETWORKS[kind], "--model.img_size", "32", *SMALL) if small else ()),
     ]
 
 
@@ -175,7 +179,9 @@ def draw(curves: dict[tuple[str, str], dict[int, float]], picture: Path) -> None
             axes.plot(x, y, color=colour, alpha=0.2, linewidth=0.7)
             width = min(10, len(y))
             if width:
-                axes.plot(x[width - 1 :], np.convolve(y, np.ones(width) / width, "valid"), color=colour, label=precision)
+                axes.plot(
+                    x[width - 1 :], np.convolve(y, np.ones(width) / width, "valid"), color=colour, label=precision
+                )
         axes.set(title=NETWORKS[kind], xlabel="optimizer step", ylabel="training loss (mixed labels)")
         axes.grid(alpha=0.3)
         if any(losses for (of, _), losses in curves.items() if of == kind):
