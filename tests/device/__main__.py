@@ -30,7 +30,6 @@ TO_END = 5.0  # seconds of a part's time for the end of its process
 
 def main(words: Sequence[str]) -> int:
     started = time.time()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part at hand ends as well
     options = _parser().parse_args(words)
     chosen = [part for part in PARTS if part in (options.parts or PARTS)]
     job = Job(
@@ -87,4 +86,5 @@ def _judged(part: str, job: Job) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part at hand ends as well
     sys.exit(main(sys.argv[1:]))
