@@ -108,8 +108,15 @@ def measure(
     Raises:
         ValueError: for a network that is unknown or does not take this size.
     """
-    runs = [_Run(setting, device) for setting in settings]
-    product = _best_product(device, torch.float32 if settings[0].precision == "32" else torch.bfloat16)
+    runs = [Run(setting, device) for setting in settings]
+    for run in runs:
+        run.warm_up()
+    return take_turns(runs, repeats=repeats, turn_done=turn_done)
+
+
+def take_turns(runs: Sequence[Run], *, repeats: int, turn_done: Callable[[], None] = lambda: None) -> list[Result]:
+    """Measures warm runs of one device in turns, beside the matrix product in the precision of the first."""
+    product = _best_product(runs[0].device, torch.float32 if runs[0].setting.precision == "32" else torch.bfloat16)
     rates = []
     for _ in range(repeats):
         for run in runs:
@@ -121,13 +128,24 @@ def measure(
     return [run.result(product_rate=rate) for run in runs]
 
 
-class _Run:
-    """One setting, warmed up, with its counts made."""
+class Run:
+    """One setting: network, images and optimizer on the device.
 
-    def __init__(self, setting: Setting, device: torch.device) -> None:
+    Args:
+        setting: what is measured.
+        device: CPU or CUDA.
+        network: in place of the one that timm builds by the setting's name.
+
+    Raises:
+        ValueError: for a network that is unknown or does not take this size.
+    """
+
+    def __init__(self, setting: Setting, device: torch.device, network: nn.Module | None = None) -> None:
         self.setting, self.device = setting, device
         torch.manual_seed(0)
-        network = _build(setting.network, setting.size)
+        network = _build(setting.network, setting.size) if network is None else network
+        # Under no_grad the counter of operations fails on views of weights that would have gradients.
+        network.requires_grad_(setting.step == "train")
         dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
         layout = torch.channels_last if setting.channels_last else torch.contiguous_format
         self.network = network.to(device, dtype, memory_format=layout).train(setting.step == "train")
@@ -135,16 +153,23 @@ class _Run:
         self.x_BCHW = self.x_BCHW.contiguous(memory_format=layout)
         self.y_B = torch.randint(0, CLASSES, (setting.batch,), device=device)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-6, fused=True)
+        self.times: list[float] = []
+
+    def warm_up(self) -> None:
+        """Counts operations and bytes, and compiles."""
         with FlopCounterMode(display=False, custom_mapping=_flop_formulas()) as counter:
             self.step()
-        self.gflops = counter.get_total_flops() / setting.batch / 1e9
-        self.saved_bytes = _saved_bytes(self) if setting.step == "train" else None
-        if setting.compile != "none":
-            self.network.compile(mode=None if setting.compile == "default" else setting.compile)
+        self.gflops = counter.get_total_flops() / self.setting.batch / 1e9
+        self.saved_bytes = _saved_bytes(self) if self.setting.step == "train" else None
+        self.compile()
         for _ in range(2):
             self.step()
         self.peak_bytes = _peak_bytes(self)
-        self.times: list[float] = []
+
+    def compile(self) -> None:
+        """Sets the network up to be compiled by its next step, where the setting asks for that."""
+        if self.setting.compile != "none":
+            self.network.compile(mode=None if self.setting.compile == "default" else self.setting.compile)
 
     def step(self) -> None:
         if self.setting.step == "infer":
@@ -240,7 +265,7 @@ def held_bytes(forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
     return result, sum(_allocations(profile)) - result.untyped_storage().nbytes()
 
 
-def _saved_bytes(run: _Run) -> float:
+def _saved_bytes(run: Run) -> float:
     """Bytes an image of what is kept from the forward for the backward pass."""
 
     def forward() -> Tensor:
@@ -254,13 +279,14 @@ def _saved_bytes(run: _Run) -> float:
     return (torch.cuda.memory_allocated(run.device) - before - logits_BK.nbytes) / run.setting.batch
 
 
-def _peak_bytes(run: _Run) -> int:
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
-        run.step()
-        return torch.cuda.max_memory_allocated(run.device)
+def _peak_bytes(run: Run) -> int:
     states = [value for state in run.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     held = sum(t.nbytes for t in (*run.network.parameters(), *run.network.buffers(), *states, run.x_BCHW))
+    if run.device.type == "cuda":
+        of_others = torch.cuda.memory_allocated(run.device) - held
+        torch.cuda.reset_peak_memory_stats(run.device)
+        run.step()
+        return torch.cuda.max_memory_allocated(run.device) - of_others
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run.step()
     return held + max(itertools.accumulate(_allocations(profile)))

@@ -1,0 +1,90 @@
+"""Everything that waits for a GPU, measured in one call.
+
+    python -m tests.device --authors HORNET_PY --images FOLDER_OR_TAR --output DIR          # all of it
+    python -m tests.device cifar --images FOLDER_OR_TAR --output DIR                         # one part, all the time
+
+HORNET_PY is the authors' hornet.py, FOLDER_OR_TAR CIFAR-10's images as class folders in train/ and test/; what is left
+out of the two leaves its rows out. Each part writes PART.json (and steps.png) into DIR as it goes, and prints its
+tables; at the end stands a table of all bars, which is in DIR/summary.md too. A part that fails or runs out of time
+leaves the others alone. `--small` tries it all on a CPU, at sizes that mean nothing. Exit code 1 where a bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tests.device.process import run_apart
+from tests.device.report import Job, markdown_table, read, summary
+
+# Name → what it gets of the time that is left when its turn comes; the last takes it all.
+PARTS = {"speed": 0.4, "kernels": 0.1, "steps": 0.55, "cifar": 1.0}
+TO_END = 5.0  # seconds of a part's time for the end of its process
+
+
+def main(words: Sequence[str]) -> int:
+    started = time.time()
+    options = _parser().parse_args(words)
+    chosen = [part for part in PARTS if part in (options.parts or PARTS)]
+    job = Job(
+        output=options.output.resolve(),
+        authors=options.authors,
+        images=options.images,
+        small=options.small,
+        deadline=started + 60 * options.minutes,
+    )
+    job.output.mkdir(parents=True, exist_ok=True)
+    for part in chosen:
+        (job.output / f"{part}.json").unlink(missing_ok=True)  # of an earlier call
+    for part in chosen:
+        seconds = job.left() * (1.0 if part == chosen[-1] else PARTS[part])
+        run_apart(part, replace(job, deadline=time.time() + seconds - TO_END), seconds)
+        read(part, job.output).show()
+    rows = [row for part in chosen for row in _judged(part, job)]
+    table = markdown_table(rows)
+    reports = [read(part, job.output).markdown() for part in chosen]
+    (job.output / "summary.md").write_text("\n".join([*reports, table]) + "\n", encoding="utf-8")
+    print(f"\n## bars\n\n{table}\n\n{time.time() - started:.0f} s, {job.output}")
+    if options.small:
+        print("--small: no figure above means anything")
+        return 0
+    return int(any(row[""] == "NOT MET" for row in rows))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.device", description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--authors", type=Path, help="the authors' hornet.py")
+    parser.add_argument("--images", type=Path, help="CIFAR-10: folder or tar file")
+    parser.add_argument("--output", type=Path, required=True, help="folder for what is found")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all of it (9.5)")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to try it on a CPU")
+    checked = parser.parse_args
+
+    def parse_args(words: Sequence[str]) -> argparse.Namespace:
+        options = checked(words)
+        unknown = [part for part in options.parts if part not in PARTS]
+        if unknown:
+            parser.error(f"no part named {unknown[0]}: there are {', '.join(PARTS)}")
+        for file in (options.authors, options.images):
+            if file is not None and not file.exists():
+                parser.error(f"{file} does not exist")
+        return options
+
+    parser.parse_args = parse_args  # type: ignore[method-assign]
+    return parser
+
+
+def _judged(part: str, job: Job) -> list[dict[str, object]]:
+    return summary(importlib.import_module(f"tests.device.{part}").bars(), read(part, job.output).found)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part at hand ends as well
+    sys.exit(main(sys.argv[1:]))
