@@ -23,5 +23,6 @@ def __getattr__(name: str) -> Any:
 
 # The console script imports this package before it knows whether the command needs torch and timm, whose import takes
 # seconds; `hornet-lit --version` and `recipes` do not. Everyone else gets the networks registered at once.
-if PurePath(sys.argv[0] if sys.argv else "").stem != "hornet-lit":
+_is_command = PurePath(sys.argv[0] if sys.argv else "").stem == "hornet-lit"
+if not _is_command and sys.orig_argv[1:3] != ["-m", "hornet_lit"]:
     import hornet_lit.network  # noqa: F401

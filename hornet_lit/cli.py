@@ -11,6 +11,7 @@ HORNET_LIT_DEBUG=1 shows the traceback of a user's mistake too.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from hornet_lit.cli_process import SIGNAL_CODES, Process, end_python, keep_freed
 
 # Since torch 2.6 this variable turns every weights_only=True into False: a checkpoint could then run code.
 UNSAFE_LOAD = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+LIGHTNING = ("fit", "validate", "test", "predict")
 
 USAGE = """\
 usage: hornet-lit COMMAND [options]
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after `hornet-lit`; None takes them from sys.argv.
     """
+    if argv is None and "".join(sys.argv[1:2]) not in LIGHTNING and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `hornet-lit recipes | head` ends without a word
     code = _code_of(list(sys.argv[1:] if argv is None else argv))
     if argv is None and code in SIGNAL_CODES:
         end_python(code)
@@ -162,7 +166,7 @@ def resolve_file(name: str) -> recipes.Recipe:
 
 
 COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
-    **dict.fromkeys(("fit", "validate", "test", "predict"), _lightning),
+    **dict.fromkeys(LIGHTNING, _lightning),
     "check-data": _check_data,
     "convert": _convert,
     "bench": _bench,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -106,3 +108,21 @@ def test_the_wheel_holds_the_recipes_and_the_package(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(tmp_path / "installed"), "PATH": ""},
     )
     assert Path(found.stdout.strip()) == (tmp_path / "installed/hornet_lit/_recipes").resolve()
+
+
+def test_python_m_answers_before_torch_is_imported() -> None:
+    environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+    command = [sys.executable, "-m", "hornet_lit", "--version"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert ended.stdout.startswith("hornet-lit ")
+    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
+    assert "hornet_lit.cli" in imported and not imported & {"torch", "timm", "lightning"}
+
+
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    command = [sys.executable, "-m", "hornet_lit", "recipes"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait() == -signal.SIGPIPE and process.stderr.read() == b""
+    process.stderr.close()
