@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hornet_lit.bench import held_bytes
 from hornet_lit.network.build import build_network
 
 TEXT = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
@@ -19,7 +20,6 @@ UPDATE_MS = 1e3 * 28 * P / (0.8 * 3.35e12)
 
 @pytest.mark.parametrize("name", ["hornet_large_7x7", "hornet_large_gf"])
 def test_measured(name: str) -> None:
-    """On the meta device: shapes alone."""
     with torch.device("meta"):
         network = build_network(name, num_classes=10_459, in_chans=3, img_size=224, drop_path_rate=0.2, options=None)
     network.train()
@@ -29,16 +29,14 @@ def test_measured(name: str) -> None:
     with FlopCounterMode(display=False) as counter:
         network(torch.empty(1, 3, 224, 224, device="meta"))
     assert counter.get_total_flops() / 2 == pytest.approx(MACS, rel=1e-4)
-    own = {p.untyped_storage()._cdata for p in network.parameters()}
-    sizes = []
-    for images in (1, 2):
-        kept: dict[int, torch.UntypedStorage] = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, kept=kept: kept.setdefault(t.untyped_storage()._cdata, t.untyped_storage()) and t, lambda t: t
-        ):
-            network(torch.empty(images, 3, 224, 224, device="meta"))
-        sizes.append(sum(storage.nbytes() for key, storage in kept.items() if key not in own))
-    assert f"{(sizes[1] - sizes[0]) / 2**20:.0f} MiB" in TEXT
+    network = network.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    for recompute in (True, False):
+        network.set_recompute(recompute)
+        held = [held_bytes(lambda n=n: network(torch.zeros(n, 3, 224, 224)))[1] for n in (1, 2)]
+        assert f"{(held[1] - held[0]) / 2**20:.0f} MiB" in TEXT
 
 
 def compute_ms(images: int, use: float) -> float:
