@@ -60,8 +60,15 @@ class Block(Recomputing):
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         x_BCHW = self._add(x_BCHW, self.gnconv(self.norm1(x_BCHW)), self.gamma1)
         hidden_BCHW = self.keeping_inputs(lambda x: self.pwconv1(self.norm2(x)), x_BCHW)
-        y_BCHW = self.keeping_inputs(lambda hidden: self.pwconv2(self.act(hidden)), hidden_BCHW)
+        y_BCHW = self.keeping_inputs(lambda hidden: self.pwconv2(self._activated(hidden)), hidden_BCHW)
         return self._add(x_BCHW, y_BCHW, self.gamma2)
+
+    def _activated(self, hidden_BCHW: torch.Tensor) -> torch.Tensor:
+        """GELU; in place, so that the block's largest tensor exists once, where no hook can have kept its input."""
+        hooks = self.pwconv1._forward_hooks or self.act._forward_pre_hooks or self.act._forward_hooks
+        if hooks or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.act(hidden_BCHW)
+        return self.act(hidden_BCHW, overwrite=True)
 
     def _add(self, x_BCHW: torch.Tensor, y_BCHW: torch.Tensor, gamma_C: torch.Tensor | None) -> torch.Tensor:
         """x + γ ⊙ y in one pass over the map: stochastic depth drops γ in place of y."""

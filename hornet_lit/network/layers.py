@@ -28,12 +28,10 @@ class ChannelLinear(nn.Linear):
 
 
 class GELU(nn.GELU):
-    """`nn.GELU` that overwrites its input where no gradient is recorded: the block's largest tensor exists once."""
+    """`nn.GELU` that can overwrite its input, where no gradient is recorded and nobody else needs that."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().forward(x)
-        return torch.ops.aten.gelu_(x, approximate=self.approximate)
+    def forward(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        return torch.ops.aten.gelu_(x, approximate=self.approximate) if overwrite else super().forward(x)
 
 
 class Recomputing(nn.Module):

@@ -139,6 +139,20 @@ def test_keeping_less_gives_the_same_gradients(name: str) -> None:
     assert kept[1] < 0.75 * kept[0] and kept[1] > kept[2] > kept[3], kept
 
 
+def test_what_a_hook_keeps_is_not_overwritten() -> None:
+    network, x_BCHW = small(), images(0, 2, 3, 32, 32)
+    kept = []
+    handle = network.stages[0][0].pwconv1.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    with torch.no_grad():
+        logits_BK = network(x_BCHW)
+    with torch.enable_grad():  # never in place
+        network(x_BCHW)
+    torch.testing.assert_close(*kept)
+    handle.remove()
+    with torch.no_grad():
+        torch.testing.assert_close(network(x_BCHW), logits_BK)
+
+
 def test_a_stage_that_is_not_there_cannot_be_checkpointed() -> None:
     with pytest.raises(ValueError, match="names stage 4: stages are 0 to 3"):
         small().set_grad_checkpointing([0, 4])
