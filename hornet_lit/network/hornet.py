@@ -74,8 +74,10 @@ class Block(Recomputing):
         """x + γ ⊙ y in one pass over the map: stochastic depth drops γ in place of y."""
         if gamma_C is None:
             return x_BCHW + self.drop_path(y_BCHW)
-        kept_B111 = self.drop_path(x_BCHW.new_ones(x_BCHW.shape[0], 1, 1, 1))
-        return torch.addcmul(x_BCHW, y_BCHW, gamma_C.view(-1, 1, 1) * kept_B111)
+        gamma = gamma_C.view(-1, 1, 1)
+        if self.training and not isinstance(self.drop_path, nn.Identity):
+            gamma = gamma * self.drop_path(x_BCHW.new_ones(x_BCHW.shape[0], 1, 1, 1))
+        return torch.addcmul(x_BCHW, y_BCHW, gamma)
 
 
 class HorNet(nn.Module):
