@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hornet_lit.network.build import build_network
 
+T = TypeVar("T")
 STEPS = ("infer", "train")
 CLASSES = 1000
 PRODUCT_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
@@ -184,7 +185,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def take_turn(self) -> None:
-        self.times.append(_timed(self.device, self.step))
+        self.times.append(timed(self.device, self.step))
 
     def result(self, *, product_rate: float) -> Result:
         return Result(
@@ -217,7 +218,7 @@ def _build(name: str, size: int) -> nn.Module:
         return build_network(name, num_classes=CLASSES)  # one that takes any size, and no option
 
 
-def _timed(device: torch.device, run: Callable[[], object]) -> float:
+def timed(device: torch.device, run: Callable[[], object]) -> float:
     """Seconds that ``run`` takes, what it starts on the device included."""
     _wait(device)
     started = time.perf_counter()
@@ -246,7 +247,7 @@ def _best_product(device: torch.device, dtype: torch.dtype) -> Callable[[], floa
         yield lambda: F.conv2d(x_BCHW, b_NN[:, :, None, None])
 
     def rate(n: int, product: Callable[[], Tensor]) -> float:
-        return 2 * n**3 / _timed(device, product) / 1e9
+        return 2 * n**3 / timed(device, product) / 1e9
 
     candidates = [partial(rate, n, product) for n in PRODUCT_SIZES[device.type] for product in products(n)]
     for candidate in candidates:
@@ -259,10 +260,8 @@ def held_bytes(forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
 
     Counted by what is allocated and not freed: autograd does not know what recomputation holds.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        result = forward()
-    return result, sum(_allocations(profile)) - result.untyped_storage().nbytes()
+    result, allocations = _allocations(forward)
+    return result, sum(allocations) - result.untyped_storage().nbytes()
 
 
 def _saved_bytes(run: Run) -> float:
@@ -287,15 +286,16 @@ def _peak_bytes(run: Run) -> int:
         torch.cuda.reset_peak_memory_stats(run.device)
         run.step()
         return torch.cuda.max_memory_allocated(run.device) - of_others
+    _, allocations = _allocations(run.step)
+    return held + max(itertools.accumulate(allocations))
+
+
+def _allocations(call: Callable[[], T]) -> tuple[T, list[int]]:
+    """What ``call`` gives, and the bytes of CPU memory that it allocated (freed: negative), in order of time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run.step()
-    return held + max(itertools.accumulate(_allocations(profile)))
-
-
-def _allocations(profile: torch.profiler.profile) -> list[int]:
-    """Bytes allocated (freed: negative), in order of time."""
+        result = call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return result, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def _flop_formulas() -> dict[Any, Callable[..., int]]:

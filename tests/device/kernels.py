@@ -6,7 +6,6 @@ Shapes: B batch, C channels, D channels out, H height, W width, P = H·W pixels,
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hornet_lit.bench import machine
+from hornet_lit.bench import machine, timed
 from hornet_lit.network.depthwise import depthwise_conv2d
 from tests.device.report import Bar, Job, Report
 
@@ -57,17 +56,9 @@ class Timer:
             operation()
         for _ in range(self.turns):
             for name, operation in operations.items():
-                self._wait()
-                started = time.perf_counter()
-                for _ in range(self.inner):
-                    operation()
-                self._wait()
-                times[name].append((time.perf_counter() - started) / self.inner * 1e3)
+                seconds = timed(self.device, lambda operation=operation: [operation() for _ in range(self.inner)])
+                times[name].append(seconds / self.inner * 1e3)
         return {name: statistics.median(values) for name, values in times.items()}
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def random(self, *shape: int, dtype: torch.dtype, channels_last: bool = True, grad: bool = False) -> Tensor:
         x = torch.randn(*shape, device=self.device, dtype=dtype)
