@@ -141,7 +141,7 @@ def train_transform(
             mean=tuple(mean),
         )
     for part in transform.transforms:
-        replace_ops(part, _MENDED)
+        replace_ops(part, MENDED)
     return quicken(transform)
 
 
@@ -151,7 +151,7 @@ def rand_augment(config: str, hparams: dict[str, Any]) -> Callable[[Image.Image]
         raise ValueError(f"auto_augment is {config!r}: give a RandAugment string such as rand-m9-mstd0.5-inc1")
     with _naming(config):
         transform = rand_augment_transform(config, dict(hparams))
-    replace_ops(transform, _MENDED)
+    replace_ops(transform, MENDED)
     return transform
 
 
@@ -200,7 +200,7 @@ def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Im
 
 
 # timm's posterize keeps 0 bits, which the published magnitudes ask for and Pillow 13 refuses: a black image.
-_MENDED = {posterize: _posterize}
+MENDED = {posterize: _posterize}
 
 
 class KeyedRandomErasing:

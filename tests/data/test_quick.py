@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import auto_augment, create_transform
+from timm.data import auto_augment
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from hornet_lit.data import quick
 from hornet_lit.data.sampling import draw_from
-from hornet_lit.data.transforms import _MENDED, train_transform
+from hornet_lit.data.transforms import train_transform
 
 from . import throughput
 
@@ -43,15 +43,6 @@ def difference(one: Image.Image, other: Image.Image) -> np.ndarray:
 
 def decibels(x_CHW: torch.Tensor, y_CHW: torch.Tensor) -> float:
     return 10 * np.log10(255**2 / max(1e-9, (x_CHW.double() - y_CHW.double()).square().mean().item()))
-
-
-def timms_transform(img_size: int):
-    plain = create_transform(
-        (3, img_size, img_size), is_training=True, use_prefetcher=True, mean=MEAN, **throughput.PUBLISHED
-    )
-    for part in plain.transforms:
-        quick.replace_ops(part, _MENDED)
-    return plain
 
 
 @pytest.mark.parametrize("op", quick.QUICKER, ids=lambda op: op.__name__)
@@ -96,7 +87,7 @@ def test_crop_is_pillows_rows_first() -> None:
 
 
 def test_whole_pipeline_draws_as_timms_and_gives_its_pixels() -> None:
-    plain, ours = timms_transform(64), train_transform(img_size=64, mean=MEAN)
+    plain, ours = throughput.timm_transform(64, prefetcher=True), train_transform(img_size=64, mean=MEAN)
     ours = pickle.loads(pickle.dumps(ours))  # as loader processes get it where they are not forked
     same, others = [], []
     for seed in range(150):

@@ -11,6 +11,7 @@ leave as uint8 (its training script's default), as ours do.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,6 @@ import torch
 import torchvision.transforms as tv
 from PIL import Image
 from timm.data import ImageDataset, create_transform
-from timm.data.auto_augment import posterize
 from timm.data.loader import fast_collate
 from torch.utils.data import default_collate
 from torchvision.transforms.functional import pil_to_tensor
@@ -31,16 +31,27 @@ from hornet_lit.data.quick import replace_ops
 from hornet_lit.data.sampling import KeyedImages
 from hornet_lit.data.sources import FolderImages
 from hornet_lit.data.tensors import TensorImages
-from hornet_lit.data.transforms import KeyedRandomErasing, train_transform
+from hornet_lit.data.transforms import MENDED, KeyedRandomErasing, train_transform
 
 Side = Callable[[], int]  # does some work and says how many images it was
 BATCH = 60
 PUBLISHED = dict(auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic", color_jitter=0.4)
 
 
-def mended_posterize(image: Image.Image, bits: int, **kwargs: object) -> Image.Image:
-    """timm's own stops at 0 bits under Pillow 13."""
-    return posterize(image, bits, **kwargs) if bits else Image.new(image.mode, image.size)
+def timm_transform(img_size: int, *, prefetcher: bool) -> tv.Compose:
+    """The published training transform as timm makes it, its posterize mended as ours is."""
+    transform = create_transform(
+        (3, img_size, img_size), is_training=True, use_prefetcher=prefetcher, re_prob=0.25, re_mode="pixel", **PUBLISHED
+    )
+    for part in transform.transforms:
+        replace_ops(part, MENDED)
+    return transform
+
+
+def batches(images: int, *, size: int) -> Iterator[list[int]]:
+    """All images once, in a random order."""
+    order = torch.randperm(images).tolist()
+    yield from (order[start : start + size] for start in range(0, images, size))
 
 
 def jpeg_sides(folder: Path, *, img_size: int) -> dict[str, Side]:
@@ -48,35 +59,21 @@ def jpeg_sides(folder: Path, *, img_size: int) -> dict[str, Side]:
     module = ImageNetDataModule(root=str(folder), img_size=img_size)
     ours = KeyedImages(FolderImages(folder), train_transform(img_size=img_size, mean=module.mean), seed=0)
     erase = KeyedRandomErasing(probability=0.25, mode="pixel")
-    epochs = iter(range(10**6))
-
-    def batches() -> Iterator[list[int]]:
-        order = torch.randperm(len(ours)).tolist()
-        yield from (order[start : start + BATCH] for start in range(0, len(order), BATCH))
+    epochs = itertools.count()
 
     def timm_side(*, prefetcher: bool) -> Side:
-        transform = create_transform(
-            (3, img_size, img_size),
-            is_training=True,
-            use_prefetcher=prefetcher,
-            re_prob=0.25,
-            re_mode="pixel",
-            **PUBLISHED,
-        )
-        for part in transform.transforms:
-            replace_ops(part, {posterize: mended_posterize})
-        dataset = ImageDataset(str(folder), transform=transform)
+        dataset = ImageDataset(str(folder), transform=timm_transform(img_size, prefetcher=prefetcher))
         collate = fast_collate if prefetcher else default_collate
 
         def run() -> int:
-            return sum(len(collate([dataset[index] for index in batch])[1]) for batch in batches())
+            return sum(len(collate([dataset[index] for index in batch])[1]) for batch in batches(len(ours), size=BATCH))
 
         return run
 
     def ours_side(*, with_device: bool) -> Side:
         def run() -> int:
             count = 0
-            for batch in batches():
+            for batch in batches(len(ours), size=BATCH):
                 epoch = next(epochs)
                 x_BCHW, y_B = ours.__getitems__([(epoch, index) for index in batch])
                 if with_device:
@@ -103,21 +100,17 @@ def cifar_sides(*, images: int, batch: int) -> dict[str, Side]:
     moves = [tv.RandomCrop(32, padding=4, padding_mode="reflect"), tv.RandomHorizontalFlip()]
     usual = tv.Compose([*moves, tv.ToTensor(), tv.Normalize(module.mean, module.std)])
     raw = tv.Compose([*moves, pil_to_tensor])
-    epochs = iter(range(10**6))
-
-    def batches() -> Iterator[list[int]]:
-        order = torch.randperm(images).tolist()
-        yield from (order[start : start + batch] for start in range(0, images, batch))
+    epochs = itertools.count()
 
     def ours_side() -> int:
         epoch = next(epochs)
-        for part in batches():
+        for part in batches(images, size=batch):
             module.normalise(ours.__getitems__([(epoch, index) for index in part])[0])
         return images
 
     def pil_side(transform: Callable[[Image.Image], torch.Tensor], collate: Callable) -> Side:
         def run() -> int:
-            for part in batches():
+            for part in batches(images, size=batch):
                 collate([(transform(Image.fromarray(x_NHWC[index])), 0) for index in part])
             return images
 
