@@ -59,26 +59,25 @@ def main(words: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.device", description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--authors", type=Path, help="the authors' hornet.py")
-    parser.add_argument("--images", type=Path, help="CIFAR-10: folder or tar file")
+    parser.add_argument("parts", nargs="*", type=_part, metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--authors", type=_existing, help="the authors' hornet.py")
+    parser.add_argument("--images", type=_existing, help="CIFAR-10: folder or tar file")
     parser.add_argument("--output", type=Path, required=True, help="folder for what is found")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all of it (9.5)")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try it on a CPU")
-    checked = parser.parse_args
-
-    def parse_args(words: Sequence[str]) -> argparse.Namespace:
-        options = checked(words)
-        unknown = [part for part in options.parts if part not in PARTS]
-        if unknown:
-            parser.error(f"no part named {unknown[0]}: there are {', '.join(PARTS)}")
-        for file in (options.authors, options.images):
-            if file is not None and not file.exists():
-                parser.error(f"{file} does not exist")
-        return options
-
-    parser.parse_args = parse_args  # type: ignore[method-assign]
     return parser
+
+
+def _part(word: str) -> str:
+    if word not in PARTS:
+        raise argparse.ArgumentTypeError(f"no part named {word}: there are {', '.join(PARTS)}")
+    return word
+
+
+def _existing(word: str) -> Path:
+    if not (path := Path(word)).exists():
+        raise argparse.ArgumentTypeError(f"{word} does not exist")
+    return path
 
 
 def _judged(part: str, job: Job) -> list[dict[str, object]]:

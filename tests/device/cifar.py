@@ -7,12 +7,12 @@ import time
 import torch
 
 from hornet_lit.bench import machine
-from tests.device.command import column, fit
+from tests.device.command import SMALL_NETWORK, column, fit
 from tests.device.report import Bar, Job, Report
 
 ACCURACY, MINUTES = "CIFAR-10 from scratch, top-1 on the test images in %", "CIFAR-10 from scratch, minutes"
 SMALL = (
-    *("--model.network_options", '{"base_dim": 16, "depths": [1, 1, 1, 1]}', "--model.warmup_epochs", "0"),
+    *(*SMALL_NETWORK, "--model.warmup_epochs", "0"),
     *("--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1", "--data.batch_size", "8"),
     *("--data.num_workers", "0"),
 )

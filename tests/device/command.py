@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+SMALL_NETWORK = ("--model.network_options", '{"base_dim": 16, "depths": [1, 1, 1, 1]}')
 TO_STOP = 20.0  # seconds that a training gets to save its checkpoint and end
 
 

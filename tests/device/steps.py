@@ -19,7 +19,7 @@ from PIL import Image
 
 from hornet_lit.bench import Run, Setting, machine
 from hornet_lit.data.cifar_names import NAMES
-from tests.device.command import column, fit_here
+from tests.device.command import SMALL_NETWORK, column, fit_here
 from tests.device.report import Bar, Job, Report
 
 RECIPES = {"7×7": "hornet_t_in1k", "GF": "hornet_t_gf_in1k"}
@@ -31,7 +31,6 @@ BATCHES = (256, 128, 64, 32, 16)
 START = 5.0  # seconds that a training takes beside its steps
 OVERHEAD = 1.4  # of a whole training's step over the bare one's: data, mixup, EMA, clipping, logging
 SMALL_NETWORKS = {"7×7": "hornet_pico_32", "GF": "hornet_nano_gf_32"}
-SMALL = ("--model.network_options", '{"base_dim": 16, "depths": [1, 1, 1, 1]}')
 
 
 def bars() -> list[Bar]:
@@ -133,7 +132,7 @@ def _words(kind: str, precision: str, *, images: Path, run: Path, batch: int, st
         *("--trainer.logger.save_dir", str(run.parent.resolve()), "--trainer.logger.name", run.name),
         *("--trainer.logger.version", "run", "--trainer.check_val_every_n_epoch", "10"),
         *("--trainer.enable_progress_bar", "false"),
-        *(("--model.network", SMALL_NETWORKS[kind], "--model.img_size", "32", *SMALL) if small else ()),
+        *(("--model.network", SMALL_NETWORKS[kind], "--model.img_size", "32", *SMALL_NETWORK) if small else ()),
     ]
 
 
