@@ -82,7 +82,7 @@ def telling(*, constructing: bool = False) -> Iterator[None]:
     """Raises in place of an error within the block what `told` makes of it; a bug of ours goes through as it is."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # `told` decides which it knows
         short = told(error, constructing=constructing)
         if short is None or short is error:
             raise

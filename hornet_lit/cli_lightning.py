@@ -72,7 +72,7 @@ def run(command: str, words: Sequence[str], *, process: Process) -> None:
         _keep_apart(attempt)
     try:
         HornetCLI(command, words, progress=progress, process=process)
-    except Exception as error:
+    except Exception as error:  # `told` decides which it knows
         short = told(error, constructing="constructed" not in progress)
         if short is not None and process.noted is not None:  # the others were faster to go
             short.exit_code = exit_code(process.noted)

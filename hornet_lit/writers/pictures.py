@@ -268,5 +268,5 @@ def only_a_warning(picture: str) -> Iterator[None]:
     """Whatever goes wrong with a picture is worth a line, and never the run that it pictures."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # a full disk, a font, matplotlib: a run of days must not end of any
         rank_zero_warn(f"{picture} could not be drawn: {type(error).__name__}: {error}")

@@ -33,7 +33,7 @@ def _run(part: str, job: Job) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which counts the memory, would write to stderr
     try:
         importlib.import_module(f"tests.device.{part}").run(job).save(job.output)
-    except Exception as error:
+    except Exception as error:  # whatever a GPU or compiler comes to: it is told, and the other parts go on
         report = read(part, job.output)
         report.notes.append(f"failed: {''.join(traceback.format_exception_only(error)).strip()[:500]}")
         report.save(job.output)
