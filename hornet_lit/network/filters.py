@@ -4,7 +4,7 @@ A filter factory is called as ``filter(channels, size=(H, W))`` and gives a modu
 shape, channel by channel. The 1/α of the paper's equation (3.3) lives in the filter, because each filter can fold it
 into a tensor as small as its parameters, where the published code pays a pass over the whole activation.
 
-Shapes: B batch, C channels, H height, W width, F = W // 2 + 1 columns of a real spectrum.
+Shapes: B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from timm.layers import LayerNorm2d, trunc_normal_
 from torch import nn
 
 from hornet_lit.network.depthwise import depthwise_conv2d
-
-Size = tuple[int, int]
+from hornet_lit.network.spectrum import Size, filter_spectrum
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -49,8 +48,8 @@ class DepthwiseConv(nn.Conv2d):
 class GlobalLocalFilter(nn.Module):
     """Global-local filter (HorNet §3.3, after GFNet): half of the channels 3×3, half multiplied in the spectrum.
 
-    LayerNorm → first half: 3×3 depth-wise convolution; second half: rfft2 · learned complex weight · irfft2, always in
-    float32 because the FFT has no bfloat16 → halves interleaved channel by channel → LayerNorm, times ``scale``.
+    LayerNorm → first half: 3×3 depth-wise convolution; second half: rfft2 · learned complex weight · irfft2 (see
+    `spectrum`) → halves interleaved channel by channel → LayerNorm, times ``scale``.
 
     Args:
         channels: C, even.
@@ -80,27 +79,10 @@ class GlobalLocalFilter(nn.Module):
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         local_BCHW, global_BCHW = self.pre_norm(x_BCHW).chunk(2, dim=1)
         local_BCHW = depthwise_conv2d(local_BCHW, self.dw.weight, None)
-        global_BCHW = self._filter_spectrum(global_BCHW).to(local_BCHW.dtype)
+        global_BCHW = filter_spectrum(global_BCHW, self.complex_weight).to(local_BCHW.dtype)
         x_BCHW = torch.stack((local_BCHW, global_BCHW), dim=2).flatten(1, 2)
         # LayerNorm written out to scale its two vectors and not its output.
         norm = self.post_norm
         x_BHWC = x_BCHW.permute(0, 2, 3, 1)
         weight, bias = norm.weight * self.scale, norm.bias * self.scale
         return F.layer_norm(x_BHWC, weight.shape, weight, bias, norm.eps).permute(0, 3, 1, 2)
-
-    def _filter_spectrum(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        size = x_BCHW.shape[-2:]
-        x_BCHF = torch.fft.rfft2(x_BCHW.float(), norm="ortho")
-        weight_CHF = torch.view_as_complex(
-            resize_spectrum(self.complex_weight.float(), (x_BCHF.shape[-2], x_BCHF.shape[-1])).contiguous()
-        )
-        return torch.fft.irfft2(x_BCHF * weight_CHF, s=size, norm="ortho")
-
-
-def resize_spectrum(weight_CHF2: torch.Tensor, size: Size) -> torch.Tensor:
-    """Resize a stored complex weight (C, H, F, 2) bilinearly (align_corners) to ``size`` = (H', F'), real and imaginary
-    part alike, as the published code does; the tensor itself where the size fits."""
-    if tuple(weight_CHF2.shape[1:3]) == tuple(size):
-        return weight_CHF2
-    weight_2CHF = weight_CHF2.permute(3, 0, 1, 2)
-    return F.interpolate(weight_2CHF, size=size, mode="bilinear", align_corners=True).permute(1, 2, 3, 0)

@@ -23,7 +23,7 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 from hornet_lit.network.files import check_digest, check_file, check_tensors
-from hornet_lit.network.filters import resize_spectrum
+from hornet_lit.network.spectrum import resize_spectrum
 
 StateDict = dict[str, torch.Tensor]
 IN22K_CLASSES = 10_459
@@ -215,7 +215,7 @@ def _fit(source: StateDict, target: StateDict, report: WeightsReport) -> StateDi
         if like is None or like.shape == value.shape:
             state[key] = value
         elif key.endswith("complex_weight") and value.shape[0] == like.shape[0]:
-            state[key] = resize_spectrum(value.float(), (like.shape[1], like.shape[2])).to(value.dtype)
+            state[key] = resize_spectrum(value, (like.shape[1], like.shape[2])).to(value.dtype)
             report.resized.append(key)
         elif value.ndim == 4 and key == next(iter(target)) and value.shape[2:] == like.shape[2:]:
             state[key] = adapt_input_conv(like.shape[1], value)

@@ -1,0 +1,117 @@
+"""The global filter (GFNet's, HorNet §3.3): real 2-d DFT, a learned complex weight for each of its numbers, and back.
+
+On CPUs small maps go through four matrix products, in the channels-last layout that the rest of the network has: the
+FFT transposes the map there and back, has no bfloat16, and ends what a compiler can fuse. Large ones go through the
+FFT, whose cost grows more slowly.
+
+Shapes: B batch, C channels, H height, W width, F = W // 2 + 1 columns of a real spectrum; G = 2F and L = 2H count real
+and imaginary parts as rows of their own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+Size = tuple[int, int]
+Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+# Longest side for which the products are faster than the FFT, by measurement (BENCHMARKS.md, Speed).
+LONGEST_SIDE = {torch.float32: 24, torch.bfloat16: 48, torch.float64: 24}
+_products_of: dict[tuple[Size, torch.dtype, torch.device], Products] = {}
+
+
+def filter_spectrum(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor:
+    """irfft2(rfft2(x) ⊙ weight), both orthonormal: a circular convolution of the map's own size.
+
+    In float32, or in bfloat16 with its usual rounding where the map or autocast is bfloat16 and the products are used.
+
+    Args:
+        x_BCHW: the map.
+        weight_CHF2: real and imaginary parts; resized to (H, F) if it has another size, see `resize_spectrum`.
+    """
+    height, width = x_BCHW.shape[-2:]
+    weight_CHF2 = resize_spectrum(weight_CHF2, (height, width // 2 + 1))
+    if x_BCHW.device.type == "cpu" and not torch.compiler.is_exporting():
+        autocast = torch.is_autocast_enabled("cpu") and x_BCHW.dtype != torch.float64
+        dtype = torch.get_autocast_dtype("cpu") if autocast else x_BCHW.dtype
+        if max(height, width) <= LONGEST_SIDE.get(dtype, 0):
+            return by_products(x_BCHW.to(dtype), weight_CHF2)
+    return by_fft(x_BCHW, weight_CHF2)
+
+
+def by_fft(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor:
+    """`filter_spectrum` in float32 by the FFT, in the map's own type."""
+    x_BCHF = torch.fft.rfft2(x_BCHW.float(), norm="ortho")
+    filtered_BCHF = x_BCHF * torch.view_as_complex(weight_CHF2.float().contiguous())
+    return torch.fft.irfft2(filtered_BCHF, s=x_BCHW.shape[-2:], norm="ortho").to(x_BCHW.dtype)
+
+
+def by_products(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor:
+    """`filter_spectrum` in the map's type by products with the matrices of the DFT."""
+    batch, channels, height, width = x_BCHW.shape
+    columns = width // 2 + 1
+    along_w_GW, along_h_LL, back_h_LL, back_w_WG = _products((height, width), x_BCHW.dtype, x_BCHW.device)
+    y = _left(along_w_GW, x_BCHW.permute(0, 2, 3, 1).reshape(batch * height, width, channels))
+    y = _left(along_h_LL, y.view(batch, 2 * height, columns * channels))
+    real_BHFC, imag_BHFC = y.view(batch, height, 2, columns, channels).unbind(2)
+    by_real_HFC, by_imag_HFC = weight_CHF2.to(x_BCHW.dtype).permute(3, 1, 2, 0).contiguous()
+    filtered = (
+        torch.addcmul(real_BHFC * by_real_HFC, imag_BHFC, by_imag_HFC, value=-1),
+        torch.addcmul(real_BHFC * by_imag_HFC, imag_BHFC, by_real_HFC),
+    )
+    y = _left(back_h_LL, torch.stack(filtered, dim=2).view(batch, 2 * height, columns * channels))
+    y = _left(back_w_WG, y.view(batch * height, 2 * columns, channels))
+    return y.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def resize_spectrum(weight_CHF2: torch.Tensor, size: Size) -> torch.Tensor:
+    """Resize a stored complex weight (C, H, F, 2) bilinearly (align_corners) to ``size`` = (H', F'), real and imaginary
+    part alike and in float32, as the published code does; the tensor itself where the size fits."""
+    if tuple(weight_CHF2.shape[1:3]) == tuple(size):
+        return weight_CHF2
+    weight_2CHF = weight_CHF2.float().permute(3, 0, 1, 2)
+    return F.interpolate(weight_2CHF, size=size, mode="bilinear", align_corners=True).permute(1, 2, 3, 0)
+
+
+def _left(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
+
+
+def _products(size: Size, dtype: torch.dtype, device: torch.device) -> Products:
+    """The matrices of `_dft`, kept from call to call, except while a graph is traced: there they become its own."""
+    if torch.compiler.is_compiling():
+        return _dft(size, dtype, device)
+    key = ((int(size[0]), int(size[1])), dtype, device)
+    if key not in _products_of:
+        with torch.inference_mode(False):  # kept tensors must serve training too
+            _products_of[key] = _dft(size, dtype, device)
+    return _products_of[key]
+
+
+def _dft(size: Size, dtype: torch.dtype, device: torch.device) -> Products:
+    """The orthonormal DFT as products from the left: along W from real rows to F complex ones (G, W), along H from
+    complex to complex (L, L), and the two ways back (L, L), (W, G)."""
+    height, width = size
+    columns = width // 2 + 1
+    cos_FW, sin_FW = _waves(columns, width)
+    along_w_GW = torch.cat((cos_FW, -sin_FW))
+    # On the way back a column stands for its mirror image too, if it has one.
+    column_F = torch.arange(columns)
+    twice_F = torch.where((column_F == 0) | (2 * column_F == width), 1.0, 2.0).double()
+    back_w_WG = (along_w_GW * twice_F.repeat(2)[:, None]).T.contiguous()
+    cos_HH, sin_HH = _waves(height, height)
+    # Row (k, part) gathers column (h, part): e^{-iφ}(a + ib) = (a cos φ + b sin φ) + i(b cos φ - a sin φ).
+    along_h = torch.stack((torch.stack((cos_HH, sin_HH), dim=-1), torch.stack((-sin_HH, cos_HH), dim=-1)), dim=1)
+    along_h_LL = along_h.reshape(2 * height, 2 * height)
+    every = (along_w_GW, along_h_LL, along_h_LL.T.contiguous(), back_w_WG)
+    return tuple(matrix.to(device, dtype) for matrix in every)  # type: ignore[return-value]
+
+
+def _waves(frequencies: int, points: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of 2π·k·j / points in float64, divided by √points."""
+    turns = torch.outer(torch.arange(frequencies), torch.arange(points)) % points
+    angles = turns.double() * (2 * math.pi / points)
+    return angles.cos() / math.sqrt(points), angles.sin() / math.sqrt(points)

@@ -1,0 +1,75 @@
+"""The global filter against its definition, in each of the forms that it takes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hornet_lit.network import spectrum
+
+# Even and odd sides of either order; the last is beyond the products' longest side, where the FFT takes over.
+SIZES = [(14, 14), (7, 7), (9, 12), (12, 9), (1, 5), (32, 30)]
+
+
+def drawn(height: int, width: int, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    """A map as the network has it, half of the channels of a channels-last one, and a weight."""
+    torch.manual_seed(0)
+    x_BCHW = torch.randn(2, 8, height, width, **kwargs).contiguous(memory_format=torch.channels_last)[:, 4:]
+    return x_BCHW, torch.randn(4, height, width // 2 + 1, 2, **kwargs)
+
+
+def defined(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor:
+    """By numpy, in float64."""
+    weight = weight_CHF2.double().numpy()
+    spectrum_BCHF = np.fft.rfft2(x_BCHW.double().numpy(), norm="ortho") * (weight[..., 0] + 1j * weight[..., 1])
+    return torch.from_numpy(np.fft.irfft2(spectrum_BCHF, s=x_BCHW.shape[-2:], norm="ortho"))
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("height,width", SIZES)
+def test_multiplies_the_spectrum(height: int, width: int) -> None:
+    x_BCHW, weight_CHF2 = drawn(height, width)
+    found = spectrum.filter_spectrum(x_BCHW, weight_CHF2)
+    assert found.shape == x_BCHW.shape and found.dtype == torch.float32
+    assert error(found, defined(x_BCHW, weight_CHF2)) < 1e-6
+
+
+@pytest.mark.parametrize("height,width", SIZES)
+def test_either_form_has_the_same_gradients(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = []
+    for longest in (0, 100):
+        monkeypatch.setattr(spectrum, "LONGEST_SIDE", {torch.float32: longest})
+        x_BCHW, weight_CHF2 = (t.requires_grad_() for t in drawn(height, width))
+        y_BCHW = spectrum.filter_spectrum(x_BCHW, weight_CHF2)
+        grads.append(torch.autograd.grad(y_BCHW.square().sum(), (x_BCHW, weight_CHF2)))
+    for by_fft, by_products in zip(*grads, strict=True):
+        assert error(by_products, by_fft.double()) < 1e-6
+
+
+def test_gradients_of_the_products_by_finite_differences() -> None:
+    x_BCHW, weight_CHF2 = (t.requires_grad_() for t in drawn(5, 6, dtype=torch.double))
+    assert torch.autograd.gradcheck(spectrum.filter_spectrum, (x_BCHW, weight_CHF2))
+
+
+@pytest.mark.parametrize("height,width", SIZES)
+def test_bfloat16_errs_by_its_rounding(height: int, width: int) -> None:
+    x_BCHW, weight_CHF2 = drawn(height, width)
+    expected = defined(x_BCHW, weight_CHF2)
+    found = spectrum.filter_spectrum(x_BCHW.bfloat16(), weight_CHF2.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        automatic = spectrum.filter_spectrum(x_BCHW, weight_CHF2)
+    assert found.dtype == torch.bfloat16 and error(found, expected) < 1.5e-2
+    assert error(automatic, expected) < 1.5e-2
+
+
+def test_matrices_made_without_gradients_serve_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectrum, "_products_of", {})
+    x_BCHW, weight_CHF2 = drawn(6, 6)
+    with torch.inference_mode():
+        spectrum.filter_spectrum(x_BCHW, weight_CHF2)
+    spectrum.filter_spectrum(x_BCHW.requires_grad_(), weight_CHF2).sum().backward()
+    assert x_BCHW.grad is not None
