@@ -81,17 +81,18 @@ class Block(Recomputing):
 
 
 class HorNet(nn.Module):
-    """HorNet (arXiv 2207.14284): a stem and four stages of blocks at strides s, 2s, 4s, 8s; then pool, LN, linear.
+    """HorNet (arXiv 2207.14284): a stem and stages of blocks at strides s, 2s, 4s, 8s; then pool, LN, linear.
 
     Args:
         in_chans: channels of the input.
         num_classes: K; 0 leaves the classifier out.
         global_pool: one of "avg", "max", "avgmax", or "" (no pooling: `forward` gives (B, K, H, W)).
-        output_stride: only the network's own stride (8 × ``stem_stride``) exists; there for timm's callers.
+        output_stride: only the network's own stride (8 × ``stem_stride`` with four stages) exists; there for timm's
+            callers.
         img_size: side, or (H, W), of the images to expect. Only filters that store a spectrum depend on it, and they
             are resized at run time for other sizes.
         stem_stride: 4 (published: a 4×4 patch stem), or 2 or 1 for small images (a 3×3 convolution).
-        depths: blocks per stage.
+        depths: blocks per stage; four stages as published, or fewer.
         base_dim: C of the first stage; doubled at each next one.
         mixers: one factory per stage, see `Block`.
         mlp_ratio, ls_init_value: see `Block`.
@@ -128,11 +129,13 @@ class HorNet(nn.Module):
         super().__init__()
         if stem_stride not in (1, 2, 4):
             raise ValueError(f"stem_stride must be 1, 2 or 4, got {stem_stride}")
-        if len(mixers) != 4 or len(depths) != 4:
-            raise ValueError(f"HorNet has 4 stages: got {len(mixers)} mixers and {len(depths)} depths")
+        if not 1 <= len(depths) <= 4 or len(mixers) != len(depths):
+            raise ValueError(
+                f"HorNet has 1 to 4 stages, each with a mixer: got {len(depths)} depths and {len(mixers)} mixers"
+            )
         if min(depths) < 0 or sum(depths) > MAX_BLOCKS:
             raise ValueError(f"depths {list(depths)} must be numbers of blocks, together at most {MAX_BLOCKS}")
-        self.stride = 8 * stem_stride
+        self.stride = stem_stride * 2 ** (len(depths) - 1)
         if output_stride not in (None, self.stride):
             raise ValueError(
                 f"HorNet has no dilated form: output_stride must be {self.stride}, got {output_stride}. "
@@ -141,7 +144,7 @@ class HorNet(nn.Module):
         height, width = to_2tuple(img_size)
         self._check_size(height, width)
         self.num_classes, self.in_chans = num_classes, in_chans
-        dims = [base_dim * 2**i for i in range(4)]
+        dims = [base_dim * 2**i for i in range(len(depths))]
         self.num_features = self.head_hidden_size = dims[-1]
         kernel = 4 if stem_stride == 4 else 3
         stem = nn.Conv2d(in_chans, dims[0], kernel, stride=stem_stride, padding=0 if stem_stride == 4 else 1)
@@ -189,7 +192,7 @@ class HorNet(nn.Module):
             "stage2": r"^(?:downsample_layers\.1|stages\.1)\.",
         }
         blocks: dict[int, list[str]] = {}
-        for b in range(len(self.stages[2])):
+        for b in range(len(self.stages[2]) if len(self.stages) > 2 else 0):
             blocks.setdefault(min(b // 2, 8), []).append(str(b))
         for i, members in blocks.items():
             pattern = rf"stages\.2\.(?:{'|'.join(members)})\."
@@ -286,7 +289,7 @@ class HorNet(nn.Module):
         return take
 
     def forward_features(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, H, W) → (B, 8·base_dim, H / stride, W / stride), neither pooled nor normalised."""
+        """(B, in_chans, H, W) → (B, num_features, H / stride, W / stride), neither pooled nor normalised."""
         x_BCHW = self._checked(x_BCHW)
         for i in range(len(self.stages)):
             x_BCHW = self._stage(i, x_BCHW)

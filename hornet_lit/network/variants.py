@@ -16,6 +16,7 @@ from hornet_lit.network.gnconv import GnConv
 from hornet_lit.network.hornet import HorNet, MixerFactory
 
 ORDERS = (2, 3, 4, 5)
+OFFICIAL_DEPTHS = (2, 3, 18, 2)
 SCALE = 1.0 / 3.0
 
 
@@ -45,8 +46,8 @@ def _cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _small_cfg(stem_stride: int) -> dict[str, Any]:
-    side = 4 // stem_stride
+def _small_cfg(stride: int) -> dict[str, Any]:
+    side = 32 // stride
     own = {"license": "apache-2.0", "origin_url": "", "crop_pct": 1.0, "num_classes": 10, "pool_size": (side, side)}
     return _cfg(32, **own)
 
@@ -55,22 +56,25 @@ default_cfgs = generate_default_cfgs(
     {f"hornet_{size}_{kind}.untrained": _cfg() for size in ("tiny", "small", "base", "large") for kind in ("7x7", "gf")}
     | {f"hornet_{size}_gf_img384.untrained": _cfg(384) for size in ("base", "large")}
     | {
-        "hornet_pico_32.untrained": _small_cfg(2),
-        "hornet_nano_32.untrained": _small_cfg(1),
-        "hornet_nano_gf_32.untrained": _small_cfg(1),
-        "hornet_tiny_32.untrained": _small_cfg(1),
+        "hornet_femto_32.untrained": _small_cfg(8),
+        "hornet_pico_32.untrained": _small_cfg(16),
+        "hornet_nano_32.untrained": _small_cfg(8),
+        "hornet_nano_gf_32.untrained": _small_cfg(8),
+        "hornet_tiny_32.untrained": _small_cfg(8),
     }
 )
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> HorNet:
+    stages = tuple(range(len(kwargs["depths"])))
     return build_model_with_cfg(
-        HorNet, name, pretrained, feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}, **kwargs
+        HorNet, name, pretrained, feature_cfg={"out_indices": stages, "feature_cls": "getter"}, **kwargs
     )
 
 
 def _official(name: str, base_dim: int, kind: str, pretrained: bool, kwargs: dict[str, Any], size: int = 224) -> HorNet:
-    return _create(name, pretrained, **({"base_dim": base_dim, "mixers": _mixers(kind), "img_size": size} | kwargs))
+    own = {"base_dim": base_dim, "depths": OFFICIAL_DEPTHS, "mixers": _mixers(kind), "img_size": size}
+    return _create(name, pretrained, **(own | kwargs))
 
 
 @register_model
@@ -137,9 +141,16 @@ def _small(name: str, pretrained: bool, kwargs: dict[str, Any], kind: str = "7x7
     kernel_size = kwargs.pop("kernel_size", 7)
     # The published initial values (weights of std 0.02, LayerScale 1e-6) are for 300 epochs of wide networks: at 32
     # channels they make each gate a product of near zeros, and the first epochs go into growing it.
-    own = {"mixers": _mixers(kind, kernel_size), "img_size": 32, "ls_init_value": 0.5, "init_std": None}
+    own = {"img_size": 32, "ls_init_value": 0.5, "init_std": None}
     own["recompute"] = False  # 32×32 images take little memory
-    return _create(name, pretrained, **(own | defaults | kwargs))
+    options = own | defaults | kwargs
+    return _create(name, pretrained, **({"mixers": _mixers(kind, kernel_size)[: len(options["depths"])]} | options))
+
+
+@register_model
+def hornet_femto_32(pretrained: bool = False, **kwargs: Any) -> HorNet:
+    """For 32×32 images, minutes and two CPU cores: blocks at 8² and 4² alone. ``kernel_size`` optional."""
+    return _small("hornet_femto_32", pretrained, kwargs, stem_stride=2, base_dim=32, depths=(0, 2, 2), mlp_ratio=2.0)
 
 
 @register_model
