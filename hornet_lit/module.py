@@ -23,7 +23,7 @@ from hornet_lit.guard import GuardedModule
 from hornet_lit.network import load_weights
 from hornet_lit.network.build import build_network
 from hornet_lit.network.sharding import shard
-from hornet_lit.optim import WarmupCosine, build_optimizer, check_ranges
+from hornet_lit.optim import OptimizerName, WarmupCosine, build_optimizer, check_ranges
 
 
 class ImageClassifier(AveragedModule, GuardedModule, EvaluatedModule):
@@ -38,6 +38,7 @@ class ImageClassifier(AveragedModule, GuardedModule, EvaluatedModule):
         network_options: further keyword arguments of the network.
         weights: file to start from, see `hornet_lit.load_weights`.
         freeze_backbone: train the classifier alone (linear probe).
+        optimizer: "adamw" as published, or "muon", see `build_optimizer`.
         lr: peak learning rate at the recipe's global batch size.
         min_lr: where the cosine ends.
         weight_decay: of parameters with more than one dimension.
@@ -67,6 +68,7 @@ class ImageClassifier(AveragedModule, GuardedModule, EvaluatedModule):
         network_options: dict[str, Any] | None = None,
         weights: str | None = None,
         freeze_backbone: bool = False,
+        optimizer: OptimizerName = "adamw",
         lr: float = 4e-3,
         min_lr: float = 1e-6,
         weight_decay: float = 0.05,
@@ -191,6 +193,7 @@ class ImageClassifier(AveragedModule, GuardedModule, EvaluatedModule):
         hparams = self.hparams
         optimizer = build_optimizer(
             self.network,
+            optimizer=hparams["optimizer"],
             lr=hparams["lr"],
             weight_decay=hparams["weight_decay"],
             layer_decay=hparams["layer_decay"],

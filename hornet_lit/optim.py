@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -13,6 +13,8 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+OptimizerName = Literal["adamw", "muon"]
 
 
 def check_ranges(hparams: Mapping[str, Any]) -> None:
@@ -41,6 +43,7 @@ def check_ranges(hparams: Mapping[str, Any]) -> None:
 def build_optimizer(
     network: nn.Module,
     *,
+    optimizer: OptimizerName = "adamw",
     lr: float,
     weight_decay: float,
     layer_decay: float | None = None,
@@ -48,7 +51,11 @@ def build_optimizer(
     eps: float = 1e-8,
     fused: bool = True,
 ) -> torch.optim.Optimizer:
-    """AdamW without weight decay on biases and 1-d parameters, optionally with layer decay.
+    """The optimizer, without weight decay on biases and 1-d parameters, optionally with layer decay.
+
+    Args:
+        optimizer: "adamw", as published; or "muon" (Jordan 2024, timm's): momentum made orthogonal for matrices and
+            dense convolutions, scaled to AdamW's step size (arXiv 2502.16982), and AdamW for all else.
 
     With ``layer_decay`` d, timm gives every group a factor d^(last - id) by the network's `group_matcher`, but only
     stores it as "lr_scale": `WarmupCosine` applies it at every step.
@@ -56,24 +63,21 @@ def build_optimizer(
     ``fused`` must be False under a gradient scaler (16-mixed): a fused step unscales by itself, after clipping.
 
     Raises:
-        ValueError: if no parameter requires a gradient, or ``layer_decay`` lies outside (0, 1].
+        ValueError: if no parameter requires a gradient, ``layer_decay`` lies outside (0, 1], or there is no such
+            ``optimizer``.
     """
+    if optimizer not in get_args(OptimizerName):
+        raise ValueError(f"optimizer must be one of {', '.join(get_args(OptimizerName))}, got {optimizer!r}")
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}; null switches it off")
     if not any(p.requires_grad for p in network.parameters()):
         raise ValueError("no parameter requires a gradient: nothing to train")
-    optimizer = create_optimizer_v2(
-        network,
-        opt="adamw",
-        lr=lr,
-        weight_decay=weight_decay,
-        layer_decay=layer_decay,
-        betas=betas,
-        eps=eps,
-        fused=fused,
+    own = {"betas": betas, "eps": eps, "fused": fused} if optimizer == "adamw" else {"betas": betas}
+    built = create_optimizer_v2(
+        network, opt=optimizer, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, **own
     )
-    optimizer.register_load_state_dict_post_hook(_lay_out_like_parameters)
-    return optimizer
+    built.register_load_state_dict_post_hook(_lay_out_like_parameters)
+    return built
 
 
 def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hornet_lit
 from hornet_lit.module import ImageClassifier
-from hornet_lit.optim import Ema, WarmupCosine
+from hornet_lit.network.build import build_network
+from hornet_lit.optim import Ema, WarmupCosine, build_optimizer
 from tests.conftest import images
 
 NETWORK = {"network": "hornet_pico_32", "network_options": {"base_dim": 16, "depths": [1, 1, 1, 1]}}
@@ -141,6 +142,38 @@ def test_starting_weights_are_reported_and_must_fit_unless_trained(tmp_path, off
 def test_settings_out_of_range_are_named(setting: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=rf"model\.{next(iter(setting))} is "):
         ImageClassifier(**setting)
+
+
+def test_muon_steps_orthogonally_where_there_is_a_matrix_and_as_adamw_elsewhere() -> None:
+    torch.manual_seed(0)
+    network = build_network("hornet_femto_32", num_classes=10, in_chans=3, img_size=32, options=None)
+    optimizer = build_optimizer(network, optimizer="muon", lr=0.1, weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for p in network.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    steps = {name: (p.detach() - before[name]) / 0.1 for name, p in network.named_parameters()}
+    for name in ("stages.1.0.gnconv.proj_in.weight", "stages.2.1.pwconv2.weight", "downsample_layers.1.1.weight"):
+        singular = torch.linalg.svdvals(steps[name].flatten(1)) / (0.2 * max(steps[name].flatten(1).shape) ** 0.5)
+        assert singular.min() > 0.5 and singular.max() < 1.5, name  # Newton and Schulz's polynomial ends near 1
+    for name in ("stages.1.0.gnconv.dwconv.weight", "stages.1.0.norm1.bias", "stages.1.0.gamma1"):
+        torch.testing.assert_close(steps[name].abs(), torch.ones_like(steps[name]), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="optimizer must be one of adamw, muon, got 'sgd'"):
+        build_optimizer(network, optimizer="sgd", lr=0.1, weight_decay=0.0)
+
+
+def test_muon_resumes_where_it_was(tmp_path) -> None:
+    def fitted(epochs: int, **kwargs: Any) -> pl.Trainer:
+        torch.manual_seed(0)
+        run = trainer(tmp_path, max_epochs=epochs)
+        module = ImageClassifier(**NETWORK, optimizer="muon", lr=1e-2, min_lr=1e-2)  # one rate, whatever epochs
+        run.fit(module, datamodule=TinyData(), **kwargs)
+        return run
+
+    fitted(1).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fitted(2, ckpt_path=tmp_path / "half.ckpt").lightning_module.state_dict()
+    for name, value in fitted(2).lightning_module.state_dict().items():
+        assert torch.equal(value, resumed[name]), name
 
 
 def test_schedule_is_the_published_one() -> None:
