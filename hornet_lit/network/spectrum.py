@@ -53,7 +53,7 @@ def by_products(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor
     """`filter_spectrum` in the map's type by products with the matrices of the DFT."""
     batch, channels, height, width = x_BCHW.shape
     columns = width // 2 + 1
-    along_w_GW, along_h_LL, back_h_LL, back_w_WG = _products((height, width), x_BCHW.dtype, x_BCHW.device)
+    along_w_GW, along_h_LL, back_h_LL, back_w_WG = _products((height, width), x_BCHW)
     y = _left(along_w_GW, x_BCHW.permute(0, 2, 3, 1).reshape(batch * height, width, channels))
     y = _left(along_h_LL, y.view(batch, 2 * height, columns * channels))
     real_BHFC, imag_BHFC = y.view(batch, height, 2, columns, channels).unbind(2)
@@ -80,14 +80,15 @@ def _left(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
 
 
-def _products(size: Size, dtype: torch.dtype, device: torch.device) -> Products:
-    """The matrices of `_dft`, kept from call to call, except while a graph is traced: there they become its own."""
-    if torch.compiler.is_compiling():
-        return _dft(size, dtype, device)
-    key = ((int(size[0]), int(size[1])), dtype, device)
+def _products(size: Size, like: torch.Tensor) -> Products:
+    """The matrices of `_dft` for tensors like that one, kept from call to call; but where a graph is traced, or tensors
+    only pretend to hold data, they become the tracer's own."""
+    if torch.compiler.is_compiling() or type(like) is not torch.Tensor:
+        return _dft(size, like.dtype, like.device)
+    key = ((int(size[0]), int(size[1])), like.dtype, like.device)
     if key not in _products_of:
         with torch.inference_mode(False):  # kept tensors must serve training too
-            _products_of[key] = _dft(size, dtype, device)
+            _products_of[key] = _dft(size, like.dtype, like.device)
     return _products_of[key]
 
 

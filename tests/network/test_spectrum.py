@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hornet_lit.network import spectrum
 
@@ -73,3 +74,12 @@ def test_matrices_made_without_gradients_serve_training(monkeypatch: pytest.Monk
         spectrum.filter_spectrum(x_BCHW, weight_CHF2)
     spectrum.filter_spectrum(x_BCHW.requires_grad_(), weight_CHF2).sum().backward()
     assert x_BCHW.grad is not None
+
+
+def test_tensors_without_data_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectrum, "_products_of", {})
+    x_BCHW, weight_CHF2 = drawn(6, 6)
+    with FakeTensorMode() as mode:
+        fake = spectrum.filter_spectrum(mode.from_tensor(x_BCHW), mode.from_tensor(weight_CHF2))
+    assert fake.shape == x_BCHW.shape and not spectrum._products_of
+    assert type(spectrum.filter_spectrum(x_BCHW, weight_CHF2)) is torch.Tensor
