@@ -55,7 +55,8 @@ def build_optimizer(
 
     Args:
         optimizer: "adamw", as published; or "muon" (Jordan 2024, timm's): momentum made orthogonal for matrices and
-            dense convolutions, scaled to AdamW's step size (arXiv 2502.16982), and AdamW for all else.
+            dense convolutions, scaled to AdamW's step size (arXiv 2502.16982), and AdamW for all else. It is made so in
+            bfloat16, so that runs on other numbers of devices agree less closely than AdamW's (BENCHMARKS.md).
 
     With ``layer_decay`` d, timm gives every group a factor d^(last - id) by the network's `group_matcher`, but only
     stores it as "lr_scale": `WarmupCosine` applies it at every step.
