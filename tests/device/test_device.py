@@ -63,9 +63,10 @@ def test_speed_beside_the_authors_file(tmp_path: Path, capfd: pytest.CaptureFixt
 
 def test_kernels(tmp_path: Path) -> None:
     report = kernels.run(job(tmp_path))
-    assert [len(rows) for rows in report.tables.values()] == [8, 12, 6]
+    assert [len(rows) for rows in report.tables.values()] == [8, 12, 10]
     errors = {row["form"]: row["relative error"] for row in list(report.tables.values())[2]}
-    assert errors["dense fp32"] < 1e-5 and errors["dense bf16"] < 2e-2, "not the same filter"
+    for form in ("dense", "separable"):
+        assert errors[f"{form} fp32"] < 1e-5 and errors[f"{form} bf16"] < 2e-2, "not the same filter"
     assert set(report.found) == {bar.name for bar in kernels.bars()}
 
 
