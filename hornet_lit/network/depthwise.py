@@ -1,7 +1,8 @@
-"""Depth-wise convolution with a weight gradient of our own on CPUs.
+"""Depth-wise convolution with a weight gradient of our own.
 
 The library's weight gradient of a depth-wise 7×7 convolution takes many times its forward and so dominates training on
-CPUs (BENCHMARKS.md). Forward and input gradient stay the library's.
+CPUs (BENCHMARKS.md). Forward and input gradient stay the library's there. On CUDA there are Triton kernels for all
+three, which run only where `$HORNET_LIT_TRITON` asks for them: they have not been measured on a GPU yet.
 
 Shapes: B batch, C channels, H height, W width, K kernel size, S shares of the batch.
 """
@@ -9,6 +10,10 @@ Shapes: B batch, C channels, H height, W width, K kernel size, S shares of the b
 from __future__ import annotations
 
 import ctypes
+import functools
+import os
+import warnings
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +24,21 @@ from hornet_lit.network import native
 KERNEL_SIZES = (3, 5, 7, 9, 11)
 LANES = 16  # channels of one vector
 SYMBOLS = {torch.float32: "depthwise_weight_grad_f32", torch.bfloat16: "depthwise_weight_grad_bf16"}
+# What runs as a Triton kernel: "forward" (the input gradient is one too), "weight_grad".
+TRITON = frozenset(filter(None, os.environ.get("HORNET_LIT_TRITON", "").split(",")))
+TRITON_DEVICE, TRITON_TYPES = "cuda", (torch.float32, torch.bfloat16, torch.float16)
 
 
 def depthwise_conv2d(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
     """Depth-wise K×K convolution, stride 1, zero-padded to keep H×W: `F.conv2d` with another way back on CPUs."""
-    trained = torch.is_grad_enabled() and weight_C1KK.requires_grad and not torch.compiler.is_exporting()
-    if not trained or x_BCHW.device.type != "cpu":
+    device = x_BCHW.device.type
+    trained = torch.is_grad_enabled() and weight_C1KK.requires_grad
+    by_triton = device == TRITON_DEVICE and ("forward" in TRITON or (trained and "weight_grad" in TRITON))
+    own = by_triton or (trained and device == "cpu")
+    if not own or torch.compiler.is_exporting():
         return F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         x_BCHW, weight_C1KK = x_BCHW.to(dtype), weight_C1KK.to(dtype)
         bias_C = None if bias_C is None else bias_C.to(dtype)
     return _DepthwiseConv.apply(x_BCHW, weight_C1KK, bias_C)
@@ -38,21 +49,39 @@ class _DepthwiseConv(torch.autograd.Function):
     def forward(ctx, x_BCHW, weight_C1KK, bias_C):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x_BCHW, weight_C1KK)
         ctx.has_bias = bias_C is not None
-        return F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
+        return _convolved(x_BCHW, weight_C1KK, bias_C)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BCHW):  # type: ignore[no-untyped-def]
         x_BCHW, weight_C1KK = ctx.saved_tensors
-        kernel_size, channels = weight_C1KK.shape[-1], len(weight_C1KK)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             # Stride 1 and an odd kernel: the input gradient is the convolution with the flipped kernel.
-            flipped = weight_C1KK.flip((2, 3))
-            grad_x = F.conv2d(grad_BCHW, flipped, padding=kernel_size // 2, groups=channels)
+            grad_x = _convolved(grad_BCHW, weight_C1KK.flip((2, 3)), None)
         if ctx.needs_input_grad[1]:
-            grad_weight, grad_bias = depthwise_weight_grad(x_BCHW, grad_BCHW, kernel_size)
+            grad_weight, grad_bias = depthwise_weight_grad(x_BCHW, grad_BCHW, weight_C1KK.shape[-1])
         return grad_x, grad_weight, grad_bias if ctx.has_bias else None
+
+
+def _convolved(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
+    if _by_triton("forward", x_BCHW):
+        return depthwise_conv(x_BCHW, weight_C1KK, bias_C)
+    return F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
+
+
+@torch.library.custom_op("hornet_lit::depthwise_conv", mutates_args=())
+def depthwise_conv(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
+    """Depth-wise convolution by the Triton kernel, or the library where there is no Triton; channels-last."""
+    if (triton := _triton()) is not None:
+        return triton.convolve(x_BCHW, weight_C1KK, bias_C)
+    y_BCHW = F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
+    return y_BCHW.contiguous(memory_format=torch.channels_last)
+
+
+@depthwise_conv.register_fake
+def _(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty_like(x_BCHW, memory_format=torch.channels_last)
 
 
 @torch.library.custom_op("hornet_lit::depthwise_weight_grad", mutates_args=())
@@ -61,9 +90,12 @@ def depthwise_weight_grad(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients (C, 1, K, K) and (C) of a depth-wise convolution's weight and bias, accumulated in float32.
 
-    Runs the C++ kernel where it is built in for this type and size and could be compiled; else the library's.
+    Runs the C++ kernel where it is built in for this type and size and could be compiled, the Triton kernel on CUDA
+    where `TRITON` has it; else the library's.
     """
-    grad_BCHW = grad_BCHW.to(x_BCHW.dtype)  # both kernels read the two as one type
+    grad_BCHW = grad_BCHW.to(x_BCHW.dtype)  # all kernels read the two as one type
+    if _by_triton("weight_grad", x_BCHW) and (triton := _triton()) is not None:
+        return triton.weight_grad(x_BCHW, grad_BCHW, kernel_size)
     library = native.library()
     if library is None or x_BCHW.dtype not in SYMBOLS or kernel_size not in KERNEL_SIZES or x_BCHW.device.type != "cpu":
         return _library_weight_grad(x_BCHW, grad_BCHW, kernel_size)
@@ -84,6 +116,22 @@ def depthwise_weight_grad(
 def _(x_BCHW: torch.Tensor, grad_BCHW: torch.Tensor, kernel_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     channels = x_BCHW.shape[1]
     return x_BCHW.new_empty(channels, 1, kernel_size, kernel_size), x_BCHW.new_empty(channels)
+
+
+def _by_triton(what: str, x_BCHW: torch.Tensor) -> bool:
+    return what in TRITON and x_BCHW.device.type == TRITON_DEVICE and x_BCHW.dtype in TRITON_TYPES
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    if unknown := TRITON - {"forward", "weight_grad"}:
+        warnings.warn(f"HORNET_LIT_TRITON: no kernel {min(unknown)!r}; there are forward, weight_grad", stacklevel=2)
+    try:
+        from hornet_lit.network import triton_depthwise
+    except ImportError as error:
+        warnings.warn(f"HORNET_LIT_TRITON has no effect, there is no Triton here: {error}", stacklevel=2)
+        return None
+    return triton_depthwise
 
 
 def _library_weight_grad(

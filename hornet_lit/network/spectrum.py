@@ -2,7 +2,7 @@
 
 On CPUs small maps go through four matrix products, in the channels-last layout that the rest of the network has: the
 FFT transposes the map there and back, has no bfloat16, and ends what a compiler can fuse. Large ones go through the
-FFT, whose cost grows more slowly.
+FFT, whose cost grows more slowly, and so does all on GPUs, where the products have not been measured yet.
 
 Shapes: B batch, C channels, H height, W width, F = W // 2 + 1 columns of a real spectrum; G = 2F and L = 2H count real
 and imaginary parts as rows of their own.
@@ -19,7 +19,7 @@ Size = tuple[int, int]
 Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 # Longest side for which the products are faster than the FFT, by measurement (BENCHMARKS.md, Speed).
-LONGEST_SIDE = {torch.float32: 24, torch.bfloat16: 48, torch.float64: 24}
+LONGEST_SIDE = {"cpu": {torch.float32: 24, torch.bfloat16: 48, torch.float64: 24}}
 _products_of: dict[tuple[Size, torch.dtype, torch.device], Products] = {}
 
 
@@ -34,10 +34,11 @@ def filter_spectrum(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Te
     """
     height, width = x_BCHW.shape[-2:]
     weight_CHF2 = resize_spectrum(weight_CHF2, (height, width // 2 + 1))
-    if x_BCHW.device.type == "cpu" and not torch.compiler.is_exporting():
-        autocast = torch.is_autocast_enabled("cpu") and x_BCHW.dtype != torch.float64
-        dtype = torch.get_autocast_dtype("cpu") if autocast else x_BCHW.dtype
-        if max(height, width) <= LONGEST_SIDE.get(dtype, 0):
+    device = x_BCHW.device.type
+    if device in LONGEST_SIDE and not torch.compiler.is_exporting():
+        autocast = torch.is_autocast_enabled(device) and x_BCHW.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if autocast else x_BCHW.dtype
+        if max(height, width) <= LONGEST_SIDE[device].get(dtype, 0):
             return by_products(x_BCHW.to(dtype), weight_CHF2)
     return by_fft(x_BCHW, weight_CHF2)
 

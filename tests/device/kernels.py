@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hornet_lit.bench import machine, timed
-from hornet_lit.network.depthwise import depthwise_conv2d
+from hornet_lit.network import depthwise
+from hornet_lit.network.depthwise import depthwise_conv2d, depthwise_weight_grad
 from hornet_lit.network.spectrum import by_fft, by_products
-from tests.device.report import Bar, Job, Report
+from tests.device.report import Bar, Job, Report, read
 
 DEPTHWISE = ((96, 56), (224, 28), (480, 14), (992, 7))  # C, side
 DENSE = ((64, 56), (128, 28), (256, 14), (512, 7))
 GLOBAL = ((240, 14), (496, 7))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TURNS = 9
+FORMS = {"library": frozenset(), "Triton": frozenset({"forward", "weight_grad"})}  # of `depthwise.TRITON`
+TRITON_TABLE = "depth-wise 7×7 on a slice of a channels-last map: the library against the Triton kernels"
+GLOBAL_TABLE = "product in the spectrum: FFT against real DFT matrices, channels-last"
 GRADIENT = "depth-wise 7×7 weight gradient over its forward, most of four shapes"
 
 
@@ -35,7 +41,7 @@ def run(job: Job) -> Report:
     report = Report(part="kernels", machine=machine(device))
     timer = Timer(device, turns=2 if job.small else TURNS, inner=1 if job.small else 20)
     batch = 1 if job.small else 64
-    for table in (_depthwise, _dense, _global):
+    for table in (_depthwise, _dense, _global, _triton):
         torch.manual_seed(0)
         table(report, timer, batch)
         report.save(job.output)
@@ -100,6 +106,47 @@ def _depthwise(report: Report, timer: Timer, batch: int) -> None:
         report.found[f"{GRADIENT}, {name}"] = max(values)
 
 
+def _triton(report: Report, timer: Timer, batch: int) -> None:
+    """On such a slice as gnConv hands over. Without CUDA the columns of both are the library's."""
+    rows = []
+    for name, dtype in DTYPES.items():
+        for c, side in DEPTHWISE:
+            x_BCHW = timer.random(batch, c + 32, side, side, dtype=dtype)[:, 32:]
+            grad_BCHW = timer.random(batch, c, side, side, dtype=dtype)
+            weight, bias = timer.random(c, 1, 7, 7, dtype=dtype), timer.random(c, dtype=dtype)
+            operations: dict[str, Callable[[], Any]] = {}
+            results = []
+            for form, parts in FORMS.items():
+                forward = _with_triton(parts, lambda x=x_BCHW, w=weight, b=bias: depthwise_conv2d(x, w, b))
+                gradient = _with_triton(parts, lambda x=x_BCHW, grad=grad_BCHW: depthwise_weight_grad(x, grad, 7))
+                operations |= {f"forward, {form}": forward, f"weight_grad, {form}": gradient}
+                results.append((forward(), *gradient()))
+            found = timer(operations)
+            differences = [(b - a).float().norm() / a.float().norm() for a, b in zip(*results, strict=True)]
+            row = {"shape": f"{batch}×{c}×{side}²", "type": name} | {f"{what} ms": ms for what, ms in found.items()}
+            rows.append(row | {"largest relative difference": max(differences).item()})
+    report.tables[TRITON_TABLE] = rows
+
+
+def faster_kernels(output: Path) -> frozenset[str]:
+    """What of ours beat the library in bf16 in this part's report, all shapes together and with the same values: of
+    `depthwise.TRITON`, and "dft" where the products of the DFT did. Nothing where there is no report."""
+    tables = read("kernels", output).tables
+    rows = [row for row in tables.get(TRITON_TABLE, []) if row["type"] == "bf16"]
+    found = set()
+    if rows and max(row["largest relative difference"] for row in rows) < 2e-2:
+        total = {name: sum(row[name] for row in rows) for name in rows[0] if name.endswith(" ms")}
+        found = {part for part in FORMS["Triton"] if total[f"{part}, Triton ms"] < total[f"{part}, library ms"]}
+    times = {form: [] for form in ("FFT", "separable bf16")}
+    for row in tables.get(GLOBAL_TABLE, []):
+        times.get(row["form"], []).append(row["forward ms"] + row["gradients ms"])
+    return frozenset(found | ({"dft"} if sum(times["separable bf16"]) < sum(times["FFT"]) else set()))
+
+
+def _with_triton(parts: frozenset[str], operation: Callable[[], Any]) -> Callable[[], Any]:
+    return patch.object(depthwise, "TRITON", parts)(operation)
+
+
 def _dense(report: Report, timer: Timer, batch: int) -> None:
     """A linear layer over the last dimension of (B, H, W, C), against a 1×1 convolution, channels-last, bf16."""
     rows = []
@@ -159,7 +206,7 @@ def _global(report: Report, timer: Timer, batch: int) -> None:
             error = ((output.detach().float() - expected).norm() / expected.norm()).item()
             times = {f"{what} ms": ms for what, ms in found.items()}
             rows.append({"shape": f"{batch}×{c}×{side}²", "form": name, **times, "relative error": error})
-    report.tables["product in the spectrum: FFT against real DFT matrices, channels-last"] = rows
+    report.tables[GLOBAL_TABLE] = rows
 
 
 def _no_grad(operation: Callable[[], Tensor]) -> Callable[[], Tensor]:

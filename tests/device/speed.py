@@ -11,15 +11,20 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from hornet_lit.bench import Result, Run, Setting, machine, take_turns
 from hornet_lit.cli_bench import ratio
+from hornet_lit.network import depthwise, spectrum
 from tests.device.authors import authors_network
+from tests.device.kernels import FORMS, faster_kernels
 from tests.device.report import Bar, Job, Report
 
 OURS = {"7×7": "hornet_tiny_7x7", "GF": "hornet_tiny_gf"}
@@ -51,15 +56,39 @@ class Variant:
     side: str
     kind: str
     setting: Setting
+    kernels: frozenset[str] = frozenset()  # that are not (yet) the package's choice, see `faster_kernels`
 
     def run(self, job: Job, device: torch.device) -> Run:
-        return Run(self.setting, device, self._authors_network(job))
+        run = RunWithKernels(self.setting, device, self._authors_network(job))
+        run.kernels = self.kernels
+        return run
 
     def _authors_network(self, job: Job) -> nn.Module | None:
         if self.side == "ours" or not self.kind:
             return None
         assert job.authors is not None
         return authors_network(job.authors, self.setting.network)
+
+
+class RunWithKernels(Run):
+    kernels: frozenset[str] = frozenset()
+
+    def warm_up(self) -> None:
+        with self._kernels():
+            super().warm_up()
+
+    def step(self) -> None:
+        with self._kernels():
+            super().step()
+
+    @contextmanager
+    def _kernels(self) -> Iterator[None]:
+        longest = {"cuda": spectrum.LONGEST_SIDE["cpu"]} if "dft" in self.kernels else {}
+        with (
+            patch.object(depthwise, "TRITON", self.kernels & FORMS["Triton"]),
+            patch.dict(spectrum.LONGEST_SIDE, longest),
+        ):
+            yield
 
 
 def variants(step: str, job: Job) -> list[Variant]:
@@ -75,6 +104,8 @@ def variants(step: str, job: Job) -> list[Variant]:
     )
     compiled = replace(base, compile="none" if job.small else "default")
     published = replace(base, precision="32", channels_last=False)
+    faster = FORMS["Triton"] | {"dft"} if job.small else faster_kernels(job.output)
+    faster -= {"weight_grad"} if step == "infer" else set()
     ours = [base, compiled] if step == "train" else [base, compiled, replace(compiled, precision="bf16")]
     found = []
     for kind, network in (SMALL_OURS if job.small else OURS).items():
@@ -82,7 +113,9 @@ def variants(step: str, job: Job) -> list[Variant]:
             found.append(Variant(side=PUBLISHED, kind=kind, setting=replace(published, network=network)))
             found.append(Variant(side=TODAY, kind=kind, setting=replace(compiled, network=network)))
         modes = dict.fromkeys(ours)  # the small ones have no compiled mode
-        found += [Variant(side="ours", kind=kind, setting=replace(mode, network=network)) for mode in modes]
+        chosen = dict.fromkeys((frozenset(), faster - ({"dft"} if kind == "7×7" else set())))
+        for mode, kernels in itertools.product(modes, chosen):
+            found.append(Variant(side="ours", kind=kind, setting=replace(mode, network=network), kernels=kernels))
     for network in SMALL_RIVALS if job.small else RIVALS:
         found.append(Variant(side=network, kind="", setting=replace(compiled, network=network)))
     return sorted(found, key=lambda variant: variant.setting.compile != "none")
@@ -147,7 +180,13 @@ def _warm(variant: Variant, job: Job, device: torch.device) -> tuple[Variant, Ru
 
 def _told(variant: Variant) -> str:
     s = variant.setting
-    return f"{variant.side} {variant.kind} ({s.step}, {s.precision}, {'eager' if s.compile == 'none' else 'compiled'})"
+    return f"{variant.side} {variant.kind} ({s.step}, {_mode(variant)})"
+
+
+def _mode(variant: Variant) -> str:
+    s = variant.setting
+    compiled = "eager" if s.compile == "none" else "compiled"
+    return ", ".join([s.precision, compiled, *sorted(variant.kernels)])
 
 
 def _tell(step: str, results: dict[Variant, Result], report: Report) -> None:
@@ -164,7 +203,7 @@ def _tell(step: str, results: dict[Variant, Result], report: Report) -> None:
             {
                 "network": s.network,
                 "side": variant.side if variant.kind else "timm",
-                "mode": f"{s.precision}, {'eager' if s.compile == 'none' else 'compiled'}",
+                "mode": _mode(variant),
                 "batch": s.batch,
                 "img/s": f"{result.images_per_second:.1f} ({low:.1f}–{high:.1f})",
                 "of product": f"{100 * result.share:.0f} %",

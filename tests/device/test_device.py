@@ -15,7 +15,7 @@ from PIL import Image
 from hornet_lit.network.hornet import HorNet
 from tests.device import cifar, kernels, speed, steps
 from tests.device.__main__ import PARTS, main
-from tests.device.report import Bar, Job, read, summary
+from tests.device.report import Bar, Job, Report, read, summary
 
 # As the authors' file does: timm's old import places, a name of ours registered, and a print.
 STAND_IN = """
@@ -52,7 +52,7 @@ def test_speed_beside_the_authors_file(tmp_path: Path, capfd: pytest.CaptureFixt
         for side, precision in ((speed.PUBLISHED, "32"), (speed.TODAY, "bf16-mixed"))
     ), report.notes
     trained, inferred = report.tables.values()
-    assert [len(trained), len(inferred)] == [6, 8]
+    assert [len(trained), len(inferred)] == [8, 12]
     assert sum(row[""] == "best of ours" for row in trained + inferred) == 4
     measured = {bar.name for bar in speed.bars()} & set(report.found)
     assert measured == {bar.name for bar in speed.bars() if bar.name.startswith("7×7") or "convnext" in bar.name}
@@ -63,11 +63,27 @@ def test_speed_beside_the_authors_file(tmp_path: Path, capfd: pytest.CaptureFixt
 
 def test_kernels(tmp_path: Path) -> None:
     report = kernels.run(job(tmp_path))
-    assert [len(rows) for rows in report.tables.values()] == [8, 12, 10]
+    assert [len(rows) for rows in report.tables.values()] == [8, 12, 10, 8]
     errors = {row["form"]: row["relative error"] for row in list(report.tables.values())[2]}
     for form in ("dense", "separable"):
         assert errors[f"{form} fp32"] < 1e-5 and errors[f"{form} bf16"] < 2e-2, "not the same filter"
     assert set(report.found) == {bar.name for bar in kernels.bars()}
+
+
+def test_kernels_are_taken_where_they_were_faster_and_right(tmp_path: Path) -> None:
+    def found(*, forward: float, difference: float, dft: float) -> frozenset[str]:
+        row = {"type": "bf16", "largest relative difference": difference, "forward, Triton ms": forward}
+        row |= {"forward, library ms": 2.0, "weight_grad, Triton ms": 1.0, "weight_grad, library ms": 2.0}
+        forms = {"FFT": 2.0, "separable bf16": dft, "dense bf16": 0.1}
+        products = [{"form": form, "forward ms": ms, "gradients ms": ms} for form, ms in forms.items()]
+        tables = {kernels.TRITON_TABLE: [row, row], kernels.GLOBAL_TABLE: products * 2}
+        Report(part="kernels", tables=tables).save(tmp_path)
+        return kernels.faster_kernels(tmp_path)
+
+    assert kernels.faster_kernels(tmp_path) == frozenset()
+    assert found(forward=3.0, difference=1e-3, dft=3.0) == {"weight_grad"}
+    assert found(forward=1.5, difference=1e-3, dft=1.0) == {"forward", "weight_grad", "dft"}
+    assert found(forward=1.5, difference=1.0, dft=1.0) == {"dft"}
 
 
 def test_steps_in_both_precisions(tmp_path: Path) -> None:
