@@ -20,13 +20,26 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from hornet_lit.network import native
+from hornet_lit.network.layers import exporting
 
 KERNEL_SIZES = (3, 5, 7, 9, 11)
 LANES = 16  # channels of one vector
 SYMBOLS = {torch.float32: "depthwise_weight_grad_f32", torch.bfloat16: "depthwise_weight_grad_bf16"}
-# What runs as a Triton kernel: "forward" (the input gradient is one too), "weight_grad".
-TRITON = frozenset(filter(None, os.environ.get("HORNET_LIT_TRITON", "").split(",")))
+TRITON_KERNELS = frozenset({"forward", "weight_grad"})  # the input gradient is a forward too
 TRITON_DEVICE, TRITON_TYPES = "cuda", (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _asked_for(words: str) -> frozenset[str]:
+    asked = frozenset(filter(None, map(str.strip, words.split(","))))
+    if unknown := asked - TRITON_KERNELS:
+        known = ",".join(sorted(TRITON_KERNELS))
+        warnings.warn(
+            f"HORNET_LIT_TRITON has no kernel {min(unknown)!r}: set it to {known} or to one of them", stacklevel=2
+        )
+    return asked & TRITON_KERNELS
+
+
+TRITON = _asked_for(os.environ.get("HORNET_LIT_TRITON", ""))
 
 
 def depthwise_conv2d(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
@@ -35,7 +48,7 @@ def depthwise_conv2d(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: to
     trained = torch.is_grad_enabled() and weight_C1KK.requires_grad
     by_triton = device == TRITON_DEVICE and ("forward" in TRITON or (trained and "weight_grad" in TRITON))
     own = by_triton or (trained and device == "cpu")
-    if not own or torch.compiler.is_exporting():
+    if not own or exporting():
         return F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -48,7 +61,6 @@ class _DepthwiseConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BCHW, weight_C1KK, bias_C):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x_BCHW, weight_C1KK)
-        ctx.has_bias = bias_C is not None
         return _convolved(x_BCHW, weight_C1KK, bias_C)
 
     @staticmethod
@@ -61,7 +73,9 @@ class _DepthwiseConv(torch.autograd.Function):
             grad_x = _convolved(grad_BCHW, weight_C1KK.flip((2, 3)), None)
         if ctx.needs_input_grad[1]:
             grad_weight, grad_bias = depthwise_weight_grad(x_BCHW, grad_BCHW, weight_C1KK.shape[-1])
-        return grad_x, grad_weight, grad_bias if ctx.has_bias else None
+        elif ctx.needs_input_grad[2]:
+            grad_bias = grad_BCHW.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias if ctx.needs_input_grad[2] else None
 
 
 def _convolved(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
@@ -124,8 +138,6 @@ def _by_triton(what: str, x_BCHW: torch.Tensor) -> bool:
 
 @functools.cache
 def _triton() -> ModuleType | None:
-    if unknown := TRITON - {"forward", "weight_grad"}:
-        warnings.warn(f"HORNET_LIT_TRITON: no kernel {min(unknown)!r}; there are forward, weight_grad", stacklevel=2)
     try:
         from hornet_lit.network import triton_depthwise
     except ImportError as error:

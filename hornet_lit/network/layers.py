@@ -13,6 +13,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
+def exporting() -> bool:
+    """Whether torch.export is tracing. `torch.compiler.is_exporting` says so under torch.compile too in torch 2.11,
+    which would leave compiled networks without our kernels."""
+    return torch.compiler._is_exporting_flag
+
+
 class ChannelLinear(nn.Linear):
     """`nn.Linear` over the channels of a channels-last (B, C, H, W) map, as (B, D, H, W).
 
@@ -22,7 +28,7 @@ class ChannelLinear(nn.Linear):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         plain = x_BCHW.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if plain and x_BCHW.device.type == "cpu" and not torch.compiler.is_exporting():
+        if plain and x_BCHW.device.type == "cpu" and not exporting():
             return F.conv2d(x_BCHW, self.weight[:, :, None, None], self.bias)
         return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 

@@ -5,7 +5,7 @@ FFT transposes the map there and back, has no bfloat16, and ends what a compiler
 FFT, whose cost grows more slowly, and so does all on GPUs, where the products have not been measured yet.
 
 Shapes: B batch, C channels, H height, W width, F = W // 2 + 1 columns of a real spectrum; G = 2F and L = 2H count real
-and imaginary parts as rows of their own.
+and imaginary parts as rows of their own; P points in either direction.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import math
 
 import torch
 import torch.nn.functional as F
+
+from hornet_lit.network.layers import exporting
 
 Size = tuple[int, int]
 Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -35,7 +37,7 @@ def filter_spectrum(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Te
     height, width = x_BCHW.shape[-2:]
     weight_CHF2 = resize_spectrum(weight_CHF2, (height, width // 2 + 1))
     device = x_BCHW.device.type
-    if device in LONGEST_SIDE and not torch.compiler.is_exporting():
+    if device in LONGEST_SIDE and not exporting():
         autocast = torch.is_autocast_enabled(device) and x_BCHW.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else x_BCHW.dtype
         if max(height, width) <= LONGEST_SIDE[device].get(dtype, 0):
@@ -98,22 +100,23 @@ def _dft(size: Size, dtype: torch.dtype, device: torch.device) -> Products:
     complex to complex (L, L), and the two ways back (L, L), (W, G)."""
     height, width = size
     columns = width // 2 + 1
-    cos_FW, sin_FW = _waves(columns, width)
+    cos_FW, sin_FW = _waves(columns, width, device)
     along_w_GW = torch.cat((cos_FW, -sin_FW))
     # On the way back a column stands for its mirror image too, if it has one.
-    column_F = torch.arange(columns)
+    column_F = torch.arange(columns, device=device)
     twice_F = torch.where((column_F == 0) | (2 * column_F == width), 1.0, 2.0).double()
     back_w_WG = (along_w_GW * twice_F.repeat(2)[:, None]).T.contiguous()
-    cos_HH, sin_HH = _waves(height, height)
+    cos_HH, sin_HH = _waves(height, height, device)
     # Row (k, part) gathers column (h, part): e^{-iφ}(a + ib) = (a cos φ + b sin φ) + i(b cos φ - a sin φ).
     along_h = torch.stack((torch.stack((cos_HH, sin_HH), dim=-1), torch.stack((-sin_HH, cos_HH), dim=-1)), dim=1)
     along_h_LL = along_h.reshape(2 * height, 2 * height)
     every = (along_w_GW, along_h_LL, along_h_LL.T.contiguous(), back_w_WG)
-    return tuple(matrix.to(device, dtype) for matrix in every)  # type: ignore[return-value]
+    return tuple(matrix.to(dtype) for matrix in every)  # type: ignore[return-value]
 
 
-def _waves(frequencies: int, points: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _waves(frequencies: int, points: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of 2π·k·j / points in float64, divided by √points."""
-    turns = torch.outer(torch.arange(frequencies), torch.arange(points)) % points
+    index_F, index_P = (torch.arange(n, device=device) for n in (frequencies, points))
+    turns = index_F[:, None] * index_P % points
     angles = turns.double() * (2 * math.pi / points)
     return angles.cos() / math.sqrt(points), angles.sin() / math.sqrt(points)

@@ -1,7 +1,7 @@
 """Depth-wise convolution and its weight gradient as Triton kernels for CUDA, on channels-last maps.
 
 Both read a map in tiles of pixels by channels, as it lies in memory, with one step from pixel to pixel: so a slice of
-channels, gnConv's q, needs no copy. Sums are in float32, in an order that does not depend on the GPU.
+channels, gnConv's q, needs no copy. Sums are in float32.
 
 Shapes: B batch, C channels (in a kernel: those of a tile), H height, W width, K kernel size, P pixels of a tile, S
 shares of the pixels.

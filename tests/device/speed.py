@@ -118,7 +118,8 @@ def variants(step: str, job: Job) -> list[Variant]:
             found.append(Variant(side="ours", kind=kind, setting=replace(mode, network=network), kernels=kernels))
     for network in SMALL_RIVALS if job.small else RIVALS:
         found.append(Variant(side=network, kind="", setting=replace(compiled, network=network)))
-    return sorted(found, key=lambda variant: variant.setting.compile != "none")
+    # What is compiled comes last, and of that what no bar but ours can need.
+    return sorted(found, key=lambda variant: (variant.setting.compile != "none", bool(variant.kernels)))
 
 
 def run(job: Job) -> Report:
@@ -186,7 +187,8 @@ def _told(variant: Variant) -> str:
 def _mode(variant: Variant) -> str:
     s = variant.setting
     compiled = "eager" if s.compile == "none" else "compiled"
-    return ", ".join([s.precision, compiled, *sorted(variant.kernels)])
+    own = [f"own {' + '.join(sorted(variant.kernels))}"] if variant.kernels else []
+    return ", ".join([s.precision, compiled, *own])
 
 
 def _tell(step: str, results: dict[Variant, Result], report: Report) -> None:

@@ -76,13 +76,17 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients() -> None:
     assert w.grad.dtype == torch.float32 and x.grad.dtype == torch.float32
 
 
-def test_compiled_without_graph_breaks() -> None:
+def test_compiled_without_graph_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, library = [], native.library
+    monkeypatch.setattr(native, "library", lambda: asked.append(True) or library())
     x, w, b = torch.randn(2, 8, 9, 9), torch.randn(8, 1, 3, 3, requires_grad=True), torch.randn(8, requires_grad=True)
     depthwise_conv2d(x, w, b).square().sum().backward()
     eager = w.grad.clone()
     w.grad = None
+    asked.clear()
     torch.compile(depthwise_conv2d, backend="aot_eager", fullgraph=True)(x, w, b).square().sum().backward()
     torch.testing.assert_close(w.grad, eager)
+    assert asked, "compiled, it left our kernel out"
 
 
 @pytest.mark.parametrize("without", ["HORNET_LIT_NATIVE=0", "PATH=/nowhere"])
