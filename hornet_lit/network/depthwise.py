@@ -110,7 +110,7 @@ def depthwise_weight_grad(
     grad_BCHW = grad_BCHW.to(x_BCHW.dtype)  # all kernels read the two as one type
     if _by_triton("weight_grad", x_BCHW) and (triton := _triton()) is not None:
         return triton.weight_grad(x_BCHW, grad_BCHW, kernel_size)
-    library = native.library()
+    library = native.library("depthwise")
     if library is None or x_BCHW.dtype not in SYMBOLS or kernel_size not in KERNEL_SIZES or x_BCHW.device.type != "cpu":
         return _library_weight_grad(x_BCHW, grad_BCHW, kernel_size)
     x_BHWC, grad_BHWC = (t.permute(0, 2, 3, 1).contiguous() for t in (x_BCHW, grad_BCHW))

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from timm.layers import LayerNorm2d
 from torch import nn
 
 from hornet_lit.network.filters import Size
 from hornet_lit.network.layers import Recomputing
+from hornet_lit.network.pixelwise import MAX_ORDER, gated, norm_linear, usable
 
 FilterFactory = Callable[..., nn.Module]
 
@@ -59,3 +61,14 @@ class GnConv(Recomputing):
         for g, gate in zip(self.pws, gates, strict=True):
             p_BCHW = g(p_BCHW) * gate
         return self.proj_out(p_BCHW)
+
+    def normed(
+        self, x_BCHW: torch.Tensor, norm: LayerNorm2d, scale_C: torch.Tensor | None, *, residual: bool
+    ) -> torch.Tensor | None:
+        """``scale ⊙ gnConv(norm(x))``, plus x if ``residual``, in two fused operations and the filter; None where
+        those cannot serve."""
+        linears = [*self.pws, self.proj_out]
+        if len(linears) > MAX_ORDER or not usable(x_BCHW, norm, self.proj_in, *linears):
+            return None
+        p_BCHW, q_BQHW = norm_linear(x_BCHW, norm, self.proj_in, self.widths[0])
+        return gated(p_BCHW, self.dwconv(q_BQHW), linears, scale_C, x_BCHW if residual else None)

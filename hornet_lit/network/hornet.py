@@ -16,6 +16,7 @@ from torch import nn
 
 from hornet_lit.network.filters import Size
 from hornet_lit.network.layers import GELU, ChannelLinear, Recomputing
+from hornet_lit.network.pixelwise import norm_mlp, usable
 
 MixerFactory = Callable[..., nn.Module]
 POOLS = ("avg", "max", "avgmax", "")
@@ -58,10 +59,34 @@ class Block(Recomputing):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        x_BCHW = self._add(x_BCHW, self.gnconv(self.norm1(x_BCHW)), self.gamma1)
+        dropping = self.training and not isinstance(self.drop_path, nn.Identity)
+        for fused, branch, gamma_C in (
+            (self._fused_mixer, self._mixer, self.gamma1),
+            (self._fused_mlp, self._mlp, self.gamma2),
+        ):
+            y_BCHW = fused(x_BCHW, not dropping)
+            if y_BCHW is None:
+                x_BCHW = self._add(x_BCHW, branch(x_BCHW), gamma_C)
+            else:
+                x_BCHW = self._add(x_BCHW, y_BCHW, None) if dropping else y_BCHW
+        return x_BCHW
+
+    def _mixer(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.gnconv(self.norm1(x_BCHW))
+
+    def _mlp(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         hidden_BCHW = self.keeping_inputs(lambda x: self.pwconv1(self.norm2(x)), x_BCHW)
-        y_BCHW = self.keeping_inputs(lambda hidden: self.pwconv2(self._activated(hidden)), hidden_BCHW)
-        return self._add(x_BCHW, y_BCHW, self.gamma2)
+        return self.keeping_inputs(lambda hidden: self.pwconv2(self._activated(hidden)), hidden_BCHW)
+
+    def _fused_mixer(self, x_BCHW: torch.Tensor, residual: bool) -> torch.Tensor | None:
+        """γ₁·mixer(LN(x)), plus x if ``residual``, of a mixer that has a way of its own to compute that, and can here."""
+        fused = getattr(self.gnconv, "normed", None)
+        return fused(x_BCHW, self.norm1, self.gamma1, residual=residual) if fused else None
+
+    def _fused_mlp(self, x_BCHW: torch.Tensor, residual: bool) -> torch.Tensor | None:
+        if not usable(x_BCHW, self.norm2, self.pwconv1, self.act, self.pwconv2):
+            return None
+        return norm_mlp(x_BCHW, self.norm2, self.pwconv1, self.pwconv2, self.gamma2, residual=residual)
 
     def _activated(self, hidden_BCHW: torch.Tensor) -> torch.Tensor:
         """GELU; in place, so that the block's largest tensor exists once, where no hook can have kept its input."""

@@ -17,40 +17,39 @@ import tempfile
 import warnings
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("depthwise.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they are switched off or cannot be built."""
+def library(name: str) -> ctypes.CDLL | None:
+    """The compiled kernels of ``name``.cpp, or None where they are switched off or cannot be built."""
     if os.environ.get("HORNET_LIT_NATIVE") == "0":
         return None
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
     if compiler is None:
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler)))
+        return ctypes.CDLL(str(_built(compiler, Path(__file__).with_name(f"{name}.cpp"))))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", "") or str(error)
         warnings.warn(
-            f"hornet-lit's CPU kernel could not be built, training uses PyTorch's slower one: {detail.strip()[:300]}",
+            f"hornet-lit's CPU kernels could not be built, PyTorch's slower ones serve: {detail.strip()[:300]}",
             stacklevel=2,
         )
         return None
 
 
-def _built(compiler: str) -> Path:
+def _built(compiler: str, source: Path) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    identity = "\n".join([SOURCE.read_text(), version, *FLAGS, platform.machine(), _processor()])
+    identity = "\n".join([source.read_text(), version, *FLAGS, platform.machine(), _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hornet-lit"
-    target = folder / f"depthwise-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    target = folder / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Built beside its name and moved into place: several processes may start at once.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / target.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+            command = [compiler, *FLAGS, str(source), "-o", str(built)]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
             os.replace(built, target)
     return target

@@ -1,0 +1,405 @@
+"""What HorNet does within a pixel, in three fused CPU operations, forward and backward: LayerNorm and a linear layer;
+gnConv's gated interactions and output projection; LayerNorm, MLP and residual.
+
+They run in C++ (native/pixelwise.cpp) where that could be built and the processor has AVX-512, on float32; elsewhere
+`usable` says no, and the caller computes the same with PyTorch's own operations.
+
+Shapes: B batch, C channels, H height, W width, N hidden channels, P channels of gnConv's p_0, Q = 2C - P.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as torch_module
+
+from hornet_lit.network import native
+from hornet_lit.network.layers import GELU, ChannelLinear, exporting
+
+LANES = 16  # pixels of one vector
+MAX_ORDER = 16
+PLAIN = (LayerNorm2d, nn.Conv2d, ChannelLinear, GELU)
+Pointer, Int = ctypes.c_void_p, ctypes.c_int64
+
+
+def usable(x_BCHW: torch.Tensor, *modules: nn.Module) -> bool:
+    """Whether the fused operations may stand for ``modules`` here: nobody can look in between or has changed them."""
+    if x_BCHW.device.type != "cpu" or x_BCHW.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    if exporting() or torch.jit.is_tracing() or not _built():
+        return False
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return False
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return False
+    return all(type(m) in PLAIN and not _hooked(m) and _float32(m) for m in modules)
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks)
+
+
+def _float32(module: nn.Module) -> bool:
+    return all(type(p) in (torch.Tensor, nn.Parameter) and p.dtype == torch.float32 for p in module.parameters())
+
+
+@torch.compiler.assume_constant_result
+def _built() -> bool:
+    library = native.library("pixelwise")
+    return library is not None and bool(library.pixelwise_built())
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", Pointer), ("bias", Pointer), ("eps", ctypes.c_float)]
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [("x", Pointer), ("K", Int), ("N", Int), ("P", Int), ("norm", _Norm)]
+    _fields_ += [(name, Pointer) for name in ("w", "b", "p", "q", "dx", "sums")]
+
+
+class _Mlp(ctypes.Structure):
+    _fields_ = [("x", Pointer), ("C", Int), ("N", Int), ("norm", _Norm)]
+    _fields_ += [(name, Pointer) for name in ("w1", "b1", "w2", "b2", "scale", "h", "y")]
+    _fields_ += [("residual", Int), ("dy", Pointer), ("dx", Pointer), ("sums", Pointer)]
+
+
+class _Gates(ctypes.Structure):
+    _fields_ = [("p", Pointer), ("gates", Pointer), ("C", Int), ("order", Int), ("first", Int)]
+    _fields_ += [(name, Pointer * MAX_ORDER) for name in ("w", "b", "turned")]
+    _fields_ += [(name, Pointer) for name in ("scale", "x", "y", "dy", "dp", "dgates", "sums")]
+
+
+def _rows(x_BCHW: torch.Tensor) -> torch.Tensor:
+    return x_BCHW.permute(0, 2, 3, 1).contiguous()
+
+
+def _map_like(x_BCHW: torch.Tensor, channels: int) -> torch.Tensor:
+    """An empty channels-last map of x's batch and size."""
+    b, _, h, w = x_BCHW.shape
+    return x_BCHW.new_empty(b, h, w, channels).permute(0, 3, 1, 2)
+
+
+def _run(name: str, arguments: ctypes.Structure, pixels: int, threads: int) -> None:
+    getattr(native.library("pixelwise"), name)(ctypes.byref(arguments), Int(pixels), Int(threads))
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _padded(channels: int) -> int:
+    return -(-channels // LANES) * LANES
+
+
+def _split(sums_TS: torch.Tensor, weights: Sequence[tuple[int, int]], vectors: Sequence[int]) -> list[torch.Tensor]:
+    """Gradients of weights (N, K) and vectors (N), added up over threads, and the vectors' over lanes."""
+    parts = sums_TS.split([n * _padded(k) for n, k in weights] + [n * LANES for n in vectors], dim=1)
+    grads = [part.sum(0).view(n, -1)[:, :k].contiguous() for (n, k), part in zip(weights, parts, strict=False)]
+    return grads + [part.view(-1, n, LANES).sum((0, 2)) for n, part in zip(vectors, parts[len(weights) :], strict=True)]
+
+
+# LayerNorm and a linear layer whose output is split in two.
+
+
+@torch.library.custom_op("hornet_lit::norm_linear", mutates_args=())
+def _norm_linear(
+    x_BCHW: torch.Tensor,
+    weight_NC: torch.Tensor,
+    bias_N: torch.Tensor,
+    norm_weight_C: torch.Tensor,
+    norm_bias_C: torch.Tensor,
+    eps: float,
+    first: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, (n, c) = _rows(x_BCHW), weight_NC.shape
+    p_BPHW, q_BQHW = _map_like(x_BCHW, first), _map_like(x_BCHW, n - first)
+    norm = _Norm(_pointer(norm_weight_C), _pointer(norm_bias_C), eps)
+    pointers = {"x": rows, "w": weight_NC, "b": bias_N, "p": p_BPHW, "q": q_BQHW}
+    arguments = _Linear(K=c, N=n, P=first, norm=norm, **{k: _pointer(t) for k, t in pointers.items()})
+    _run("linear_forward", arguments, rows.numel() // c, torch.get_num_threads())
+    return p_BPHW, q_BQHW
+
+
+@_norm_linear.register_fake
+def _(x_BCHW, weight_NC, bias_N, norm_weight_C, norm_bias_C, eps, first):  # type: ignore[no-untyped-def]
+    return _map_like(x_BCHW, first), _map_like(x_BCHW, len(weight_NC) - first)
+
+
+@torch.library.custom_op("hornet_lit::norm_linear_backward", mutates_args=())
+def _norm_linear_backward(
+    dp_BPHW: torch.Tensor,
+    dq_BQHW: torch.Tensor,
+    x_BCHW: torch.Tensor,
+    weight_NC: torch.Tensor,
+    norm_weight_C: torch.Tensor,
+    norm_bias_C: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, (n, c), threads = _rows(x_BCHW), weight_NC.shape, torch.get_num_threads()
+    dp, dq, dx_BCHW = _rows(dp_BPHW), _rows(dq_BQHW), _map_like(x_BCHW, c)
+    sums = x_BCHW.new_empty(threads, n * _padded(c) + (n + 2 * c) * LANES)
+    norm = _Norm(_pointer(norm_weight_C), _pointer(norm_bias_C), eps)
+    turned_CN = weight_NC.T.contiguous()
+    pointers = {"x": rows, "w": turned_CN, "p": dp, "q": dq, "dx": dx_BCHW, "sums": sums}
+    arguments = _Linear(K=c, N=n, P=dp.shape[-1], norm=norm, **{k: _pointer(t) for k, t in pointers.items()})
+    _run("linear_backward", arguments, rows.numel() // c, threads)
+    dw, db, dnw, dnb = _split(sums, [(n, c)], [n, c, c])
+    return dx_BCHW, dw, db, dnw, dnb
+
+
+@_norm_linear_backward.register_fake
+def _(dp_BPHW, dq_BQHW, x_BCHW, weight_NC, norm_weight_C, norm_bias_C, eps):  # type: ignore[no-untyped-def]
+    new, (n, c) = x_BCHW.new_empty, weight_NC.shape
+    return _map_like(x_BCHW, c), new(n, c), new(n), new(c), new(c)
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BCHW, weight_NC, bias_N, norm_weight_C, norm_bias_C, eps, first):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x_BCHW, weight_NC, norm_weight_C, norm_bias_C)
+        ctx.eps = eps
+        return _norm_linear(x_BCHW, weight_NC, bias_N, norm_weight_C, norm_bias_C, eps, first)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dp_BPHW, dq_BQHW):  # type: ignore[no-untyped-def]
+        return *_norm_linear_backward(dp_BPHW, dq_BQHW, *ctx.saved_tensors, ctx.eps), None, None
+
+
+def norm_linear(
+    x_BCHW: torch.Tensor, norm: LayerNorm2d, linear: nn.Conv2d, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``linear(norm(x))``, its first ``first`` channels and the rest, as maps of their own."""
+    return _NormLinear.apply(x_BCHW, linear.weight.flatten(1), linear.bias, norm.weight, norm.bias, norm.eps, first)
+
+
+# LayerNorm, MLP and residual.
+
+
+@torch.library.custom_op("hornet_lit::norm_mlp", mutates_args=())
+def _norm_mlp(
+    x_BCHW: torch.Tensor,
+    w1_NC: torch.Tensor,
+    b1_N: torch.Tensor,
+    w2_CN: torch.Tensor,
+    b2_C: torch.Tensor,
+    scale_C: torch.Tensor,
+    norm_weight_C: torch.Tensor,
+    norm_bias_C: torch.Tensor,
+    eps: float,
+    residual: bool,
+    keep: bool,
+    threads: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, (n, c) = _rows(x_BCHW), w1_NC.shape
+    pixels, y_BCHW = rows.numel() // c, _map_like(x_BCHW, c)
+    hidden = _hidden(x_BCHW, n, keep)
+    norm = _Norm(_pointer(norm_weight_C), _pointer(norm_bias_C), eps)
+    pointers = {"x": rows, "w1": w1_NC, "b1": b1_N, "w2": w2_CN, "b2": b2_C, "scale": scale_C, "y": y_BCHW}
+    pointers["h"] = hidden if keep else None
+    arguments = _Mlp(C=c, N=n, residual=residual, norm=norm, **{k: _pointer(t) for k, t in pointers.items()})
+    _run("mlp_forward", arguments, pixels, threads)
+    return y_BCHW, hidden
+
+
+@_norm_mlp.register_fake
+def _(x_BCHW, w1_NC, b1_N, w2_CN, b2_C, scale_C, norm_weight_C, norm_bias_C, eps, residual, keep, threads):  # type: ignore[no-untyped-def]
+    n, c = w1_NC.shape
+    return _map_like(x_BCHW, c), _hidden(x_BCHW, n, keep)
+
+
+def _hidden(x_BCHW: torch.Tensor, channels: int, keep: bool) -> torch.Tensor:
+    """Room for the hidden activations, in the kernel's own order: it splits the pixels by threads."""
+    b, _, h, w = x_BCHW.shape
+    return x_BCHW.new_empty((b * h * w + LANES - 1) // LANES * LANES * channels if keep else 0)
+
+
+@torch.library.custom_op("hornet_lit::norm_mlp_backward", mutates_args=())
+def _norm_mlp_backward(
+    dy_BCHW: torch.Tensor,
+    x_BCHW: torch.Tensor,
+    hidden: torch.Tensor,
+    w1_NC: torch.Tensor,
+    w2_CN: torch.Tensor,
+    b2_C: torch.Tensor,
+    scale_C: torch.Tensor,
+    norm_weight_C: torch.Tensor,
+    norm_bias_C: torch.Tensor,
+    eps: float,
+    residual: bool,
+    threads: int,
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:
+    rows, dy, (n, c) = _rows(x_BCHW), _rows(dy_BCHW), w1_NC.shape
+    dx_BCHW = _map_like(x_BCHW, c)
+    sums = x_BCHW.new_empty(threads, 2 * n * _padded(c) + (n + 3 * c) * LANES)
+    norm = _Norm(_pointer(norm_weight_C), _pointer(norm_bias_C), eps)
+    w1_CN, w2_NC = w1_NC.T.contiguous(), w2_CN.T.contiguous()
+    pointers = {"x": rows, "w1": w1_CN, "w2": w2_NC, "scale": scale_C, "h": hidden, "dy": dy, "dx": dx_BCHW}
+    pointers["sums"] = sums
+    arguments = _Mlp(C=c, N=n, residual=residual, norm=norm, **{k: _pointer(t) for k, t in pointers.items()})
+    _run("mlp_backward", arguments, rows.numel() // c, threads)
+    dw1, dw2_turned, db1, db2, dnw, dnb = _split(sums, [(n, c), (n, c)], [n, c, c, c])
+    return dx_BCHW, dw1, db1, *_scaled(dw2_turned, db2, w2_CN, b2_C, scale_C), dnw, dnb
+
+
+@_norm_mlp_backward.register_fake
+def _(dy_BCHW, x_BCHW, hidden, w1_NC, w2_CN, b2_C, scale_C, norm_weight_C, norm_bias_C, eps, residual, threads):  # type: ignore[no-untyped-def]
+    new, (n, c) = x_BCHW.new_empty, w1_NC.shape
+    return _map_like(x_BCHW, c), new(n, c), new(n), new(c, n), new(c), new(c), new(c), new(c)
+
+
+def _scaled(
+    dw_turned_KC: torch.Tensor, db_C: torch.Tensor, w_CK: torch.Tensor, b_C: torch.Tensor, scale_C: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of W, b and γ of γ ⊙ (W·a + b) from those of W and b for γ = 1.
+
+    Σ dy ⊙ (W·a + b), that of γ, is W's rows times their gradients, so that the product is not needed again.
+    """
+    dw_CK = dw_turned_KC.T.contiguous()
+    dscale_C = (dw_CK * w_CK).sum(1) + db_C * b_C
+    return dw_CK.mul_(scale_C[:, None]), db_C * scale_C, dscale_C
+
+
+class _NormMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, scale, norm_weight, norm_bias, eps, residual):  # type: ignore[no-untyped-def]
+        ctx.options = eps, residual, torch.get_num_threads()
+        y, hidden = _norm_mlp(x, w1, b1, w2, b2, scale, norm_weight, norm_bias, eps, residual, True, ctx.options[-1])
+        ctx.save_for_backward(x, hidden, w1, w2, b2, scale, norm_weight, norm_bias)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_BCHW):  # type: ignore[no-untyped-def]
+        return *_norm_mlp_backward(dy_BCHW, *ctx.saved_tensors, *ctx.options), None, None
+
+
+def norm_mlp(
+    x_BCHW: torch.Tensor,
+    norm: LayerNorm2d,
+    up: nn.Linear,
+    down: nn.Linear,
+    scale_C: torch.Tensor | None,
+    *,
+    residual: bool,
+) -> torch.Tensor:
+    """``scale ⊙ down(GELU(up(norm(x))))``, plus x if ``residual``. The backward pass keeps x and up's output."""
+    scale_C = norm.weight.new_ones(x_BCHW.shape[1]) if scale_C is None else scale_C
+    tensors = x_BCHW, up.weight, up.bias, down.weight, down.bias, scale_C, norm.weight, norm.bias
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _NormMlp.apply(*tensors, norm.eps, residual)
+    return _norm_mlp(*tensors, norm.eps, residual, False, torch.get_num_threads())[0]
+
+
+# gnConv's gated interactions and output projection.
+
+
+@torch.library.custom_op("hornet_lit::gates", mutates_args=())
+def _gates(
+    p_BPHW: torch.Tensor,
+    gates_BQHW: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    scale_C: torch.Tensor,
+    x_BCHW: torch.Tensor | None,
+) -> torch.Tensor:
+    p, gates, x = _rows(p_BPHW), _rows(gates_BQHW), None if x_BCHW is None else _rows(x_BCHW)
+    y_BCHW = _map_like(p_BPHW, len(scale_C))
+    arguments = _gates_arguments(p, gates, weights, biases, scale_C)
+    arguments.x, arguments.y = _pointer(x), _pointer(y_BCHW)
+    _run("gates_forward", arguments, p.numel() // p.shape[-1], torch.get_num_threads())
+    return y_BCHW
+
+
+@_gates.register_fake
+def _(p_BPHW, gates_BQHW, weights, biases, scale_C, x_BCHW):  # type: ignore[no-untyped-def]
+    return _map_like(p_BPHW, len(scale_C))
+
+
+def _gates_arguments(
+    p: torch.Tensor,
+    gates: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    scale_C: torch.Tensor,
+) -> _Gates:
+    many = Pointer * MAX_ORDER
+    arguments = _Gates(C=len(scale_C), order=len(weights), first=p.shape[-1], scale=_pointer(scale_C))
+    arguments.p, arguments.gates = _pointer(p), _pointer(gates)
+    arguments.w, arguments.b = many(*map(_pointer, weights)), many(*map(_pointer, biases))
+    return arguments
+
+
+@torch.library.custom_op("hornet_lit::gates_backward", mutates_args=())
+def _gates_backward(
+    dy_BCHW: torch.Tensor,
+    p_BPHW: torch.Tensor,
+    gates_BQHW: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    scale_C: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    p, gates, dy, threads = _rows(p_BPHW), _rows(gates_BQHW), _rows(dy_BCHW), torch.get_num_threads()
+    dp_BPHW, dgates_BQHW = _map_like(p_BPHW, p.shape[-1]), _map_like(p_BPHW, gates.shape[-1])
+    shapes = [tuple(w.shape) for w in weights]
+    size = sum(n * (_padded(k) + LANES) for n, k in shapes)
+    sums = p.new_empty(threads, size)
+    arguments = _gates_arguments(p, gates, weights, biases, scale_C)
+    turned = [w.T.contiguous() for w in weights]
+    arguments.turned = (Pointer * MAX_ORDER)(*map(_pointer, turned))
+    arguments.dy, arguments.sums = _pointer(dy), _pointer(sums)
+    arguments.dp, arguments.dgates = _pointer(dp_BPHW), _pointer(dgates_BQHW)
+    _run("gates_backward", arguments, p.numel() // p.shape[-1], threads)
+    grads = _split(sums, shapes, [n for n, _ in shapes])
+    dws, dbs = grads[: len(shapes)], grads[len(shapes) :]
+    dws[-1], dbs[-1], dscale_C = _scaled(dws[-1], dbs[-1], weights[-1], biases[-1], scale_C)
+    return dp_BPHW, dgates_BQHW, dws, dbs, dscale_C
+
+
+@_gates_backward.register_fake
+def _(dy_BCHW, p_BPHW, gates_BQHW, weights, biases, scale_C):  # type: ignore[no-untyped-def]
+    maps = _map_like(p_BPHW, p_BPHW.shape[1]), _map_like(p_BPHW, gates_BQHW.shape[1])
+    return *maps, [torch.empty_like(w) for w in weights], [torch.empty_like(b) for b in biases], scale_C.clone()
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, p_BPHW, gates_BQHW, scale_C, x_BCHW, *parameters):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(p_BPHW, gates_BQHW, scale_C, *parameters)
+        ctx.residual, half = x_BCHW is not None, len(parameters) // 2
+        return _gates(p_BPHW, gates_BQHW, parameters[:half], parameters[half:], scale_C, x_BCHW)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_BCHW):  # type: ignore[no-untyped-def]
+        p_BPHW, gates_BQHW, scale_C, *parameters = ctx.saved_tensors
+        half = len(parameters) // 2
+        parts = _gates_backward(dy_BCHW, p_BPHW, gates_BQHW, parameters[:half], parameters[half:], scale_C)
+        dp_BPHW, dgates_BQHW, dws, dbs, dscale_C = parts
+        return dp_BPHW, dgates_BQHW, dscale_C, dy_BCHW if ctx.residual else None, *dws, *dbs
+
+
+def gated(
+    p_BPHW: torch.Tensor,
+    gates_BQHW: torch.Tensor,
+    linears: Sequence[nn.Conv2d],
+    scale_C: torch.Tensor | None,
+    x_BCHW: torch.Tensor | None,
+) -> torch.Tensor:
+    """gnConv's equation (3.4) from p_0 and all filtered q on: gates, ``linears`` g_1 … and φ_out, times ``scale``.
+
+    Adds ``x_BCHW`` if given. Of all this the backward pass keeps p_0 and the gates, and computes the rest again.
+    """
+    out = linears[-1]
+    scale_C = out.weight.new_ones(len(out.weight)) if scale_C is None else scale_C
+    weights, biases = [m.weight.flatten(1) for m in linears], [m.bias for m in linears]
+    return _Gated.apply(p_BPHW, gates_BQHW, scale_C, x_BCHW, *weights, *biases)
