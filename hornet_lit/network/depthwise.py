@@ -1,8 +1,9 @@
 """Depth-wise convolution with a weight gradient of our own.
 
 The library's weight gradient of a depth-wise 7×7 convolution takes many times its forward and so dominates training on
-CPUs (BENCHMARKS.md). Forward and input gradient stay the library's there. On CUDA there are Triton kernels for all
-three, which run only where `$HORNET_LIT_TRITON` asks for them: they have not been measured on a GPU yet.
+CPUs (BENCHMARKS.md). Ours is C++ there; so are, in float32, forward and input gradient, which are as fast as the
+library's but leave an image where the operations beside them want it. On CUDA there are Triton kernels for all three,
+which run only where `$HORNET_LIT_TRITON` asks for them: they have not been measured on a GPU yet.
 
 Shapes: B batch, C channels, H height, W width, K kernel size, S shares of the batch.
 """
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from hornet_lit.network import native
-from hornet_lit.network.layers import exporting
+from hornet_lit.network.layers import observed
 
 KERNEL_SIZES = (3, 5, 7, 9, 11)
 LANES = 16  # channels of one vector
@@ -47,8 +48,8 @@ def depthwise_conv2d(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: to
     device = x_BCHW.device.type
     trained = torch.is_grad_enabled() and weight_C1KK.requires_grad
     by_triton = device == TRITON_DEVICE and ("forward" in TRITON or (trained and "weight_grad" in TRITON))
-    own = by_triton or (trained and device == "cpu")
-    if not own or exporting():
+    own = by_triton or (device == "cpu" and (trained or _by_native(x_BCHW, weight_C1KK.shape[-1])))
+    if not own or observed():
         return F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -79,18 +80,32 @@ class _DepthwiseConv(torch.autograd.Function):
 
 
 def _convolved(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
-    if _by_triton("forward", x_BCHW):
+    if _by_triton("forward", x_BCHW) or _by_native(x_BCHW, weight_C1KK.shape[-1]):
         return depthwise_conv(x_BCHW, weight_C1KK, bias_C)
     return F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
 
 
 @torch.library.custom_op("hornet_lit::depthwise_conv", mutates_args=())
 def depthwise_conv(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
-    """Depth-wise convolution by the Triton kernel, or the library where there is no Triton; channels-last."""
-    if (triton := _triton()) is not None:
+    """Depth-wise convolution by the C++ or the Triton kernel, or the library where there are none; channels-last."""
+    if _by_triton("forward", x_BCHW) and (triton := _triton()) is not None:
         return triton.convolve(x_BCHW, weight_C1KK, bias_C)
+    if _by_native(x_BCHW, weight_C1KK.shape[-1]):
+        return _native_conv(x_BCHW, weight_C1KK, bias_C)
     y_BCHW = F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
     return y_BCHW.contiguous(memory_format=torch.channels_last)
+
+
+def _native_conv(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
+    x_BHWC, weight_KKC = x_BCHW.permute(0, 2, 3, 1).contiguous(), weight_C1KK.permute(1, 2, 3, 0).contiguous()
+    b, h, w, c = x_BHWC.shape
+    y_BHWC = torch.empty_like(x_BHWC)
+    tensors = x_BHWC, weight_KKC, None if bias_C is None else bias_C.contiguous(), y_BHWC
+    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+    sizes = [ctypes.c_int64(n) for n in (b, h, w, c, weight_KKC.shape[1], torch.get_num_threads())]
+    failed = native.library("depthwise").depthwise_conv_f32(*pointers, *sizes)
+    assert not failed, f"no kernel for K = {weight_KKC.shape[1]}"
+    return y_BHWC.permute(0, 3, 1, 2)
 
 
 @depthwise_conv.register_fake
@@ -130,6 +145,16 @@ def depthwise_weight_grad(
 def _(x_BCHW: torch.Tensor, grad_BCHW: torch.Tensor, kernel_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     channels = x_BCHW.shape[1]
     return x_BCHW.new_empty(channels, 1, kernel_size, kernel_size), x_BCHW.new_empty(channels)
+
+
+def _by_native(x_BCHW: torch.Tensor, kernel_size: int) -> bool:
+    cpu = x_BCHW.device.type == "cpu" and x_BCHW.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return cpu and kernel_size in KERNEL_SIZES and _built()
+
+
+@torch.compiler.assume_constant_result
+def _built() -> bool:
+    return native.library("depthwise") is not None
 
 
 def _by_triton(what: str, x_BCHW: torch.Tensor) -> bool:

@@ -80,9 +80,9 @@ class GlobalLocalFilter(nn.Module):
         local_BCHW, global_BCHW = self.pre_norm(x_BCHW).chunk(2, dim=1)
         local_BCHW = depthwise_conv2d(local_BCHW, self.dw.weight, None)
         global_BCHW = filter_spectrum(global_BCHW, self.complex_weight).to(local_BCHW.dtype)
-        x_BCHW = torch.stack((local_BCHW, global_BCHW), dim=2).flatten(1, 2)
+        halves_BHWC = local_BCHW.permute(0, 2, 3, 1), global_BCHW.permute(0, 2, 3, 1)
+        x_BHWC = torch.stack(halves_BHWC, dim=-1).flatten(3)
         # LayerNorm written out to scale its two vectors and not its output.
         norm = self.post_norm
-        x_BHWC = x_BCHW.permute(0, 2, 3, 1)
         weight, bias = norm.weight * self.scale, norm.bias * self.scale
         return F.layer_norm(x_BHWC, weight.shape, weight, bias, norm.eps).permute(0, 3, 1, 2)

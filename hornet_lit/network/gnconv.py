@@ -71,4 +71,4 @@ class GnConv(Recomputing):
         if len(linears) > MAX_ORDER or not usable(x_BCHW, norm, self.proj_in, *linears):
             return None
         p_BCHW, q_BQHW = norm_linear(x_BCHW, norm, self.proj_in, self.widths[0])
-        return gated(p_BCHW, self.dwconv(q_BQHW), linears, scale_C, x_BCHW if residual else None)
+        return gated(x_BCHW, p_BCHW, self.dwconv(q_BQHW), linears, scale_C, residual=residual)

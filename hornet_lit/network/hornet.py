@@ -79,7 +79,7 @@ class Block(Recomputing):
         return self.keeping_inputs(lambda hidden: self.pwconv2(self._activated(hidden)), hidden_BCHW)
 
     def _fused_mixer(self, x_BCHW: torch.Tensor, residual: bool) -> torch.Tensor | None:
-        """γ₁·mixer(LN(x)), plus x if ``residual``, of a mixer that has a way of its own to compute that, and can here."""
+        """γ₁·mixer(LN(x)), plus x if ``residual``, by a mixer that has a way of its own to compute that."""
         fused = getattr(self.gnconv, "normed", None)
         return fused(x_BCHW, self.norm1, self.gamma1, residual=residual) if fused else None
 

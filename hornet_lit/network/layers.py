@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 
@@ -17,6 +18,16 @@ def exporting() -> bool:
     """Whether torch.export is tracing. `torch.compiler.is_exporting` says so under torch.compile too in torch 2.11,
     which would leave compiled networks without our kernels."""
     return torch.compiler._is_exporting_flag
+
+
+def observed() -> bool:
+    """Whether somebody needs to see PyTorch's own operations: torch.export, torch.jit.trace, a functorch transform, or
+    hooks on all modules (as of `torch.utils.flop_counter`)."""
+    if exporting() or torch.jit.is_tracing():
+        return True
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 class ChannelLinear(nn.Linear):

@@ -16,10 +16,9 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules import module as torch_module
 
 from hornet_lit.network import native
-from hornet_lit.network.layers import GELU, ChannelLinear, exporting
+from hornet_lit.network.layers import GELU, ChannelLinear, observed
 
 LANES = 16  # pixels of one vector
 MAX_ORDER = 16
@@ -29,30 +28,42 @@ Pointer, Int = ctypes.c_void_p, ctypes.c_int64
 
 def usable(x_BCHW: torch.Tensor, *modules: nn.Module) -> bool:
     """Whether the fused operations may stand for ``modules`` here: nobody can look in between or has changed them."""
-    if x_BCHW.device.type != "cpu" or x_BCHW.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if x_BCHW.device.type != "cpu" or observed():
         return False
-    if exporting() or torch.jit.is_tracing() or not _built():
+    autocast = torch.is_autocast_enabled("cpu")
+    pairs = autocast or x_BCHW.dtype == torch.bfloat16
+    if x_BCHW.dtype not in (torch.float32, torch.bfloat16) or not _built(pairs):
         return False
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if autocast and (x_BCHW.dtype != torch.float32 or torch.get_autocast_dtype("cpu") != torch.bfloat16):
         return False
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return False
-    return all(type(m) in PLAIN and not _hooked(m) and _float32(m) for m in modules)
+    if pairs and torch.is_grad_enabled() and (x_BCHW.requires_grad or any(_trained(m) for m in modules)):
+        return False  # there are backward kernels for float32 alone
+    return all(_plain(m, x_BCHW.dtype, pairs) for m in modules)
 
 
-def _hooked(module: nn.Module) -> bool:
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _plain(module: nn.Module, dtype: torch.dtype, pairs: bool) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks)
-
-
-def _float32(module: nn.Module) -> bool:
-    return all(type(p) in (torch.Tensor, nn.Parameter) and p.dtype == torch.float32 for p in module.parameters())
+    if type(module) not in PLAIN or hooks:
+        return False
+    if isinstance(module, nn.GELU):
+        return module.approximate == "none"
+    if isinstance(module, nn.Conv2d):
+        size = module.kernel_size, module.stride, module.padding, module.groups
+        if size != ((1, 1), (1, 1), (0, 0), 1):
+            return False
+    if module.bias is None or (pairs and module.weight.ndim > 1 and module.weight.shape[1] % 2):
+        return False
+    return all(type(p) in (torch.Tensor, nn.Parameter) and p.dtype == dtype for p in (module.weight, module.bias))
 
 
 @torch.compiler.assume_constant_result
-def _built() -> bool:
+def _built(pairs: bool) -> bool:
     library = native.library("pixelwise")
-    return library is not None and bool(library.pixelwise_built())
+    return hasattr(library, "mlp_forward_bf16" if pairs else "mlp_forward_f32")
 
 
 class _Norm(ctypes.Structure):
@@ -72,22 +83,42 @@ class _Mlp(ctypes.Structure):
 
 class _Gates(ctypes.Structure):
     _fields_ = [("p", Pointer), ("gates", Pointer), ("C", Int), ("order", Int), ("first", Int)]
-    _fields_ += [(name, Pointer * MAX_ORDER) for name in ("w", "b", "turned")]
-    _fields_ += [(name, Pointer) for name in ("scale", "x", "y", "dy", "dp", "dgates", "sums")]
+    _fields_ += [("w", Pointer * MAX_ORDER), ("b", Pointer * MAX_ORDER)]
+    _fields_ += [(name, Pointer) for name in ("scale", "x", "y", "dy")]
+    _fields_ += [("turned", Pointer * MAX_ORDER), ("dp", Pointer), ("dgates", Pointer), ("sums", Pointer)]
 
 
 def _rows(x_BCHW: torch.Tensor) -> torch.Tensor:
     return x_BCHW.permute(0, 2, 3, 1).contiguous()
 
 
-def _map_like(x_BCHW: torch.Tensor, channels: int) -> torch.Tensor:
+def _map_like(x_BCHW: torch.Tensor, channels: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An empty channels-last map of x's batch and size."""
     b, _, h, w = x_BCHW.shape
-    return x_BCHW.new_empty(b, h, w, channels).permute(0, 3, 1, 2)
+    return x_BCHW.new_empty((b, h, w, channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def _run(name: str, arguments: ctypes.Structure, pixels: int, threads: int) -> None:
     getattr(native.library("pixelwise"), name)(ctypes.byref(arguments), Int(pixels), Int(threads))
+
+
+def _type(x: torch.Tensor, weight: torch.Tensor) -> str:
+    """The kernel's suffix for the residual stream's type and the weights'."""
+    if x.dtype != weight.dtype:
+        return "mixed"
+    return "f32" if x.dtype == torch.float32 else "bf16"
+
+
+def _weights_type(x_BCHW: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BCHW.dtype
+
+
+def _weight(linear: nn.Conv2d | nn.Linear, x_BCHW: torch.Tensor) -> torch.Tensor:
+    return linear.weight.flatten(1).to(_weights_type(x_BCHW)).contiguous()
+
+
+def _vector(vector: torch.Tensor) -> torch.Tensor:
+    return vector.float().contiguous()
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:
@@ -119,17 +150,18 @@ def _norm_linear(
     first: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, (n, c) = _rows(x_BCHW), weight_NC.shape
-    p_BPHW, q_BQHW = _map_like(x_BCHW, first), _map_like(x_BCHW, n - first)
+    p_BPHW, q_BQHW = (_map_like(x_BCHW, width, weight_NC.dtype) for width in (first, n - first))
     norm = _Norm(_pointer(norm_weight_C), _pointer(norm_bias_C), eps)
     pointers = {"x": rows, "w": weight_NC, "b": bias_N, "p": p_BPHW, "q": q_BQHW}
     arguments = _Linear(K=c, N=n, P=first, norm=norm, **{k: _pointer(t) for k, t in pointers.items()})
-    _run("linear_forward", arguments, rows.numel() // c, torch.get_num_threads())
+    _run(f"linear_forward_{_type(x_BCHW, weight_NC)}", arguments, rows.numel() // c, torch.get_num_threads())
     return p_BPHW, q_BQHW
 
 
 @_norm_linear.register_fake
 def _(x_BCHW, weight_NC, bias_N, norm_weight_C, norm_bias_C, eps, first):  # type: ignore[no-untyped-def]
-    return _map_like(x_BCHW, first), _map_like(x_BCHW, len(weight_NC) - first)
+    p_BPHW, q_BQHW = (_map_like(x_BCHW, width, weight_NC.dtype) for width in (first, len(weight_NC) - first))
+    return p_BPHW, q_BQHW
 
 
 @torch.library.custom_op("hornet_lit::norm_linear_backward", mutates_args=())
@@ -149,7 +181,7 @@ def _norm_linear_backward(
     turned_CN = weight_NC.T.contiguous()
     pointers = {"x": rows, "w": turned_CN, "p": dp, "q": dq, "dx": dx_BCHW, "sums": sums}
     arguments = _Linear(K=c, N=n, P=dp.shape[-1], norm=norm, **{k: _pointer(t) for k, t in pointers.items()})
-    _run("linear_backward", arguments, rows.numel() // c, threads)
+    _run("linear_backward_f32", arguments, rows.numel() // c, threads)
     dw, db, dnw, dnb = _split(sums, [(n, c)], [n, c, c])
     return dx_BCHW, dw, db, dnw, dnb
 
@@ -177,7 +209,8 @@ def norm_linear(
     x_BCHW: torch.Tensor, norm: LayerNorm2d, linear: nn.Conv2d, first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``linear(norm(x))``, its first ``first`` channels and the rest, as maps of their own."""
-    return _NormLinear.apply(x_BCHW, linear.weight.flatten(1), linear.bias, norm.weight, norm.bias, norm.eps, first)
+    vectors = map(_vector, (linear.bias, norm.weight, norm.bias))
+    return _NormLinear.apply(x_BCHW, _weight(linear, x_BCHW), *vectors, norm.eps, first)
 
 
 # LayerNorm, MLP and residual.
@@ -205,7 +238,7 @@ def _norm_mlp(
     pointers = {"x": rows, "w1": w1_NC, "b1": b1_N, "w2": w2_CN, "b2": b2_C, "scale": scale_C, "y": y_BCHW}
     pointers["h"] = hidden if keep else None
     arguments = _Mlp(C=c, N=n, residual=residual, norm=norm, **{k: _pointer(t) for k, t in pointers.items()})
-    _run("mlp_forward", arguments, pixels, threads)
+    _run(f"mlp_forward_{_type(x_BCHW, w1_NC)}", arguments, pixels, threads)
     return y_BCHW, hidden
 
 
@@ -218,7 +251,7 @@ def _(x_BCHW, w1_NC, b1_N, w2_CN, b2_C, scale_C, norm_weight_C, norm_bias_C, eps
 def _hidden(x_BCHW: torch.Tensor, channels: int, keep: bool) -> torch.Tensor:
     """Room for the hidden activations, in the kernel's own order: it splits the pixels by threads."""
     b, _, h, w = x_BCHW.shape
-    return x_BCHW.new_empty((b * h * w + LANES - 1) // LANES * LANES * channels if keep else 0)
+    return x_BCHW.new_empty((b * h * w + LANES - 1) // LANES * LANES * channels if keep else 0, dtype=torch.float32)
 
 
 @torch.library.custom_op("hornet_lit::norm_mlp_backward", mutates_args=())
@@ -246,7 +279,7 @@ def _norm_mlp_backward(
     pointers = {"x": rows, "w1": w1_CN, "w2": w2_NC, "scale": scale_C, "h": hidden, "dy": dy, "dx": dx_BCHW}
     pointers["sums"] = sums
     arguments = _Mlp(C=c, N=n, residual=residual, norm=norm, **{k: _pointer(t) for k, t in pointers.items()})
-    _run("mlp_backward", arguments, rows.numel() // c, threads)
+    _run("mlp_backward_f32", arguments, rows.numel() // c, threads)
     dw1, dw2_turned, db1, db2, dnw, dnb = _split(sums, [(n, c), (n, c)], [n, c, c, c])
     return dx_BCHW, dw1, db1, *_scaled(dw2_turned, db2, w2_CN, b2_C, scale_C), dnw, dnb
 
@@ -294,7 +327,8 @@ def norm_mlp(
 ) -> torch.Tensor:
     """``scale ⊙ down(GELU(up(norm(x))))``, plus x if ``residual``. The backward pass keeps x and up's output."""
     scale_C = norm.weight.new_ones(x_BCHW.shape[1]) if scale_C is None else scale_C
-    tensors = x_BCHW, up.weight, up.bias, down.weight, down.bias, scale_C, norm.weight, norm.bias
+    b1_N, *vectors = map(_vector, (up.bias, down.bias, scale_C, norm.weight, norm.bias))
+    tensors = x_BCHW, _weight(up, x_BCHW), b1_N, _weight(down, x_BCHW), *vectors
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _NormMlp.apply(*tensors, norm.eps, residual)
     return _norm_mlp(*tensors, norm.eps, residual, False, torch.get_num_threads())[0]
@@ -311,18 +345,19 @@ def _gates(
     biases: Sequence[torch.Tensor],
     scale_C: torch.Tensor,
     x_BCHW: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     p, gates, x = _rows(p_BPHW), _rows(gates_BQHW), None if x_BCHW is None else _rows(x_BCHW)
-    y_BCHW = _map_like(p_BPHW, len(scale_C))
+    y_BCHW = _map_like(p_BPHW, len(scale_C), dtype)
     arguments = _gates_arguments(p, gates, weights, biases, scale_C)
     arguments.x, arguments.y = _pointer(x), _pointer(y_BCHW)
-    _run("gates_forward", arguments, p.numel() // p.shape[-1], torch.get_num_threads())
+    _run(f"gates_forward_{_type(y_BCHW, p)}", arguments, p.numel() // p.shape[-1], torch.get_num_threads())
     return y_BCHW
 
 
 @_gates.register_fake
-def _(p_BPHW, gates_BQHW, weights, biases, scale_C, x_BCHW):  # type: ignore[no-untyped-def]
-    return _map_like(p_BPHW, len(scale_C))
+def _(p_BPHW, gates_BQHW, weights, biases, scale_C, x_BCHW, dtype):  # type: ignore[no-untyped-def]
+    return _map_like(p_BPHW, len(scale_C), dtype)
 
 
 def _gates_arguments(
@@ -358,7 +393,7 @@ def _gates_backward(
     arguments.turned = (Pointer * MAX_ORDER)(*map(_pointer, turned))
     arguments.dy, arguments.sums = _pointer(dy), _pointer(sums)
     arguments.dp, arguments.dgates = _pointer(dp_BPHW), _pointer(dgates_BQHW)
-    _run("gates_backward", arguments, p.numel() // p.shape[-1], threads)
+    _run("gates_backward_f32", arguments, p.numel() // p.shape[-1], threads)
     grads = _split(sums, shapes, [n for n, _ in shapes])
     dws, dbs = grads[: len(shapes)], grads[len(shapes) :]
     dws[-1], dbs[-1], dscale_C = _scaled(dws[-1], dbs[-1], weights[-1], biases[-1], scale_C)
@@ -373,10 +408,10 @@ def _(dy_BCHW, p_BPHW, gates_BQHW, weights, biases, scale_C):  # type: ignore[no
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, p_BPHW, gates_BQHW, scale_C, x_BCHW, *parameters):  # type: ignore[no-untyped-def]
+    def forward(ctx, p_BPHW, gates_BQHW, scale_C, x_BCHW, dtype, *parameters):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(p_BPHW, gates_BQHW, scale_C, *parameters)
         ctx.residual, half = x_BCHW is not None, len(parameters) // 2
-        return _gates(p_BPHW, gates_BQHW, parameters[:half], parameters[half:], scale_C, x_BCHW)
+        return _gates(p_BPHW, gates_BQHW, parameters[:half], parameters[half:], scale_C, x_BCHW, dtype)
 
     @staticmethod
     @once_differentiable
@@ -385,21 +420,26 @@ class _Gated(torch.autograd.Function):
         half = len(parameters) // 2
         parts = _gates_backward(dy_BCHW, p_BPHW, gates_BQHW, parameters[:half], parameters[half:], scale_C)
         dp_BPHW, dgates_BQHW, dws, dbs, dscale_C = parts
-        return dp_BPHW, dgates_BQHW, dscale_C, dy_BCHW if ctx.residual else None, *dws, *dbs
+        return dp_BPHW, dgates_BQHW, dscale_C, dy_BCHW if ctx.residual else None, None, *dws, *dbs
 
 
 def gated(
+    x_BCHW: torch.Tensor,
     p_BPHW: torch.Tensor,
     gates_BQHW: torch.Tensor,
     linears: Sequence[nn.Conv2d],
     scale_C: torch.Tensor | None,
-    x_BCHW: torch.Tensor | None,
+    *,
+    residual: bool,
 ) -> torch.Tensor:
     """gnConv's equation (3.4) from p_0 and all filtered q on: gates, ``linears`` g_1 … and φ_out, times ``scale``.
 
-    Adds ``x_BCHW`` if given. Of all this the backward pass keeps p_0 and the gates, and computes the rest again.
+    Plus x if ``residual``; in any case of x's type. The backward pass keeps p_0 and the gates, and computes the rest
+    again.
     """
-    out = linears[-1]
-    scale_C = out.weight.new_ones(len(out.weight)) if scale_C is None else scale_C
-    weights, biases = [m.weight.flatten(1) for m in linears], [m.bias for m in linears]
-    return _Gated.apply(p_BPHW, gates_BQHW, scale_C, x_BCHW, *weights, *biases)
+    scale_C = linears[-1].bias.new_ones(x_BCHW.shape[1]) if scale_C is None else scale_C
+    weights, biases = [_weight(m, x_BCHW) for m in linears], [_vector(m.bias) for m in linears]
+    gates_BQHW = gates_BQHW.to(p_BPHW.dtype)
+    return _Gated.apply(
+        p_BPHW, gates_BQHW, _vector(scale_C), x_BCHW if residual else None, x_BCHW.dtype, *weights, *biases
+    )

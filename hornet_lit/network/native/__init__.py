@@ -41,7 +41,8 @@ def library(name: str) -> ctypes.CDLL | None:
 
 def _built(compiler: str, source: Path) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    identity = "\n".join([source.read_text(), version, *FLAGS, platform.machine(), _processor()])
+    texts = [source.read_text(), *(header.read_text() for header in sorted(source.parent.glob("*.h")))]
+    identity = "\n".join([*texts, version, *FLAGS, platform.machine(), _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hornet-lit"
     target = folder / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not target.exists():

@@ -1,0 +1,400 @@
+// Tiles, and what the kernels of pixelwise.cpp do with them.
+//
+// Maps are (pixels, channels) rows in memory. A thread takes V × 16 pixels at a time, turns them into a tile (channels
+// down, pixels across, one vector for 16 pixels) and takes it through a whole kernel while it stays in the second-level
+// cache. So a weight is a number times whole vectors, read in its natural layout and never packed; norms need no sum
+// across lanes; and between two products there is neither memory traffic nor a wait for other threads. A pixel's values
+// do not depend on its neighbours or on the number of threads; gradients of weights do, in their last bits, since each
+// thread adds up its own share.
+//
+// M pixels, C channels, K channels in, N channels out, T threads, V vectors of pixels, R rows of a product at a time.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+namespace {
+
+constexpr int64_t kLanes = 16, kMaxV = 3, kR = 8, kGroup = 4, kMaxOrder = 16;
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+
+typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));  // bfloat16: a float's upper half
+typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+
+inline Vec all(float value) { return value - Vec{}; }
+inline int64_t vectors(int64_t n) { return (n + kLanes - 1) / kLanes; }
+
+// To the nearest bfloat16, ties to even, in the lower half of each lane; what is not a number stays so.
+inline Bits rounded(Vec v) {
+    const Bits bits = (Bits)v;
+    return (v == v ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000) >> 16;
+}
+
+template <class V, class T>
+inline V load_some(const T* from, int64_t lanes) {
+    V v = {};
+    if (lanes >= kLanes) {  // a constant size, which the compiler turns into one vector load
+        std::memcpy(&v, from, sizeof v);
+    } else {
+        std::memcpy(&v, from, lanes * sizeof(T));
+    }
+    return v;
+}
+
+template <class V, class T>
+inline void store_some(V v, T* to, int64_t lanes) {
+    if (lanes >= kLanes) {
+        std::memcpy(to, &v, sizeof v);
+    } else {
+        std::memcpy(to, &v, lanes * sizeof(T));
+    }
+}
+
+inline Vec load(const float* from, int64_t lanes) { return load_some<Vec>(from, lanes); }
+inline Vec load(const uint16_t* from, int64_t lanes) {
+    return (Vec)(__builtin_convertvector(load_some<Half>(from, lanes), Bits) << 16);
+}
+inline void store(Vec v, float* to, int64_t lanes) { store_some(v, to, lanes); }
+inline void store(Vec v, uint16_t* to, int64_t lanes) { store_some(__builtin_convertvector(rounded(v), Half), to, lanes); }
+
+#define MIX __builtin_shufflevector
+inline void transpose(Vec (&r)[kLanes]) {
+    Vec t[kLanes];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = MIX(r[i], r[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+        t[i + 1] = MIX(r[i], r[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            r[i + 2 * j] = MIX(t[i + j], t[i + 2 + j], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+            r[i + 2 * j + 1] = MIX(t[i + j], t[i + 2 + j], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+        }
+    for (int c = 0; c < 4; ++c) {  // r[4g + c] holds, four lanes at a time, rows 4g … 4g + 3 of columns c, 4 + c, 8 + c, 12 + c
+        Vec half[4];
+        for (int j = 0; j < 2; ++j) {
+            const Vec a = r[8 * j + c], b = r[8 * j + 4 + c];
+            half[2 * j] = MIX(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+            half[2 * j + 1] = MIX(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+        }
+        for (int j = 0; j < 2; ++j) {
+            t[8 * j + c] = MIX(half[j], half[2 + j], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+            t[8 * j + 4 + c] = MIX(half[j], half[2 + j], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        }
+    }
+    for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+#undef MIX
+
+// (rows, C) from memory into a tile; pixels beyond `rows` are 0.
+template <int V, class T>
+void enter(const T* x, int64_t rows, int64_t C, Vec* tile) {
+    for (int64_t v = 0; v < V; ++v)
+        for (int64_t c = 0; c < C; c += kLanes) {
+            Vec r[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) r[i] = v * kLanes + i < rows ? load(x + (v * kLanes + i) * C + c, C - c) : Vec{};
+            transpose(r);
+            for (int64_t i = 0; i < kLanes && c + i < C; ++i) tile[(c + i) * V + v] = r[i];
+        }
+}
+
+// A tile's first `rows` pixels to memory, as rows of C channels that lie `stride` ≥ C apart.
+template <int V, class T>
+void leave(const Vec* tile, int64_t rows, int64_t C, T* x, int64_t stride) {
+    for (int64_t v = 0; v < V; ++v)
+        for (int64_t c = 0; c < C; c += kLanes) {
+            Vec r[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) r[i] = c + i < C ? tile[(c + i) * V + v] : Vec{};
+            transpose(r);
+            for (int64_t i = 0; i < kLanes && v * kLanes + i < rows; ++i)
+                store(r[i], x + (v * kLanes + i) * stride + c, stride > C ? kLanes : C - c);
+        }
+}
+
+// Vectors from row to row of turned tiles: an odd number, or all rows would share a few sets of the first-level cache.
+inline int64_t pitch(int64_t C) { return vectors(C) | 1; }
+
+// A tile as rows of whole vectors, for sums over pixels.
+template <int V>
+void turn(const Vec* tile, int64_t C, Vec* rows) {
+    leave<V>(tile, V * kLanes, C, reinterpret_cast<float*>(rows), pitch(C) * kLanes);
+}
+
+// What a product multiplies: float, or pairs of bfloat16 that lie in one lane, with sums in float.
+struct Single {
+    typedef float Element;
+    static constexpr int64_t kDepth = 1;
+    static Vec weight(const float* w) { return all(*w); }
+    static void add(Vec& sum, Vec w, Vec x) { sum += w * x; }
+};
+
+#ifdef __AVX512BF16__
+struct Pairs {
+    typedef uint16_t Element;
+    static constexpr int64_t kDepth = 2;
+    static Vec weight(const uint16_t* w) {
+        uint32_t pair;
+        std::memcpy(&pair, w, sizeof pair);
+        return (Vec)(pair - Bits{});
+    }
+    static void add(Vec& sum, Vec w, Vec x) { sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x); }
+};
+#endif
+
+// A tile of K channels as a product takes it, in place.
+template <class Dot>
+void pack(Vec* tile, int64_t K, int64_t V) {
+    if (Dot::kDepth == 1) return;
+    for (int64_t k = 0; k < K; k += 2)
+        for (int64_t v = 0; v < V; ++v)
+            tile[k / 2 * V + v] = (Vec)(rounded(tile[k * V + v]) | rounded(tile[(k + 1) * V + v]) << 16);
+}
+
+// sums(i, j) += Σ_k w(i, k) · x(k, j) for R rows of w, ldw apart, and V vectors, ldx apart in k.
+template <class Dot, int R, int V>
+inline __attribute__((always_inline)) void accumulate(Vec (&sums)[R][V], const typename Dot::Element* w, int64_t ldw,
+                                                      const Vec* x, int64_t ldx, int64_t K) {
+    for (int64_t k = 0; k < K / Dot::kDepth; ++k) {
+        Vec in[V];
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) in[j] = x[k * ldx + j];
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) {
+            const Vec weight = Dot::weight(w + i * ldw + k * Dot::kDepth);
+#pragma GCC unroll 4
+            for (int j = 0; j < V; ++j) Dot::add(sums[i][j], weight, in[j]);
+        }
+    }
+}
+
+// W (N, K) times a tile of K channels: `emit(n, v, sum)` for each of the N × V vectors that come out.
+template <int V, class Dot = Single, class Emit>
+inline __attribute__((always_inline)) void product(const typename Dot::Element* w, int64_t N, const Vec* x, int64_t K, Emit emit) {
+    const auto strip = [&](auto rows, int64_t n) __attribute__((always_inline)) {
+        constexpr int R = decltype(rows)::value;
+        Vec sums[R][V] = {};
+        accumulate<Dot>(sums, w + n * K, K, x, V, K);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) emit(n + i, v, sums[i][v]);
+    };
+    int64_t n = 0;
+    for (; n + kR <= N; n += kR) strip(std::integral_constant<int, kR>{}, n);
+    for (; n + 2 <= N; n += 2) strip(std::integral_constant<int, 2>{}, n);
+    for (; n < N; ++n) strip(std::integral_constant<int, 1>{}, n);
+}
+
+// The gradients that a backward kernel adds up over pixels: of weights, Σ over pixels of d(n, pixel) · x(pixel, k), each
+// (N, vectors(K) · 16); behind them 16 lanes for each element of vectors. d and x are kept for a group of tiles, so that
+// the sums, which fill the caches, are read and written less often.
+struct Sums {
+    int count = 0;
+    int64_t N[kMaxOrder], K[kMaxOrder], size = 0;  // of floats
+    void add(int64_t n, int64_t k) { N[count] = n, K[count++] = k, size += n * vectors(k) * kLanes; }
+};
+
+struct Kept {  // of one tile
+    Vec *d[kMaxOrder], *rows[kMaxOrder];
+    int64_t pixels;
+};
+
+template <int R, int V>
+void add_outer(const Kept* tiles, int64_t count, int i, int64_t n, int64_t k, int64_t width, Vec* to) {
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) __builtin_prefetch(to + (n + r) * width + k + v, 1);
+    Vec sums[R][V] = {};
+    for (int64_t t = 0; t < count; ++t) {
+        const int64_t pixels = tiles[t].pixels;
+        const float* d = reinterpret_cast<const float*>(tiles[t].d[i]) + n * pixels;
+        accumulate<Single>(sums, d, pixels, tiles[t].rows[i] + k, width | 1, pixels);
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) to[(n + r) * width + k + v] += sums[r][v];
+}
+
+template <int R>
+void add_rows(const Kept* tiles, int64_t count, int i, int64_t n, int64_t width, Vec* to) {
+    for (int64_t k = 0; k < width;) {
+        const int64_t left = width - k;
+        if (left == 1) {
+            add_outer<R, 1>(tiles, count, i, n, k, width, to), k += 1;
+        } else if (left == 2 || left == 4) {
+            add_outer<R, 2>(tiles, count, i, n, k, width, to), k += 2;
+        } else {
+            add_outer<R, 3>(tiles, count, i, n, k, width, to), k += 3;
+        }
+    }
+}
+
+void add_weights(const Sums& sums, const Kept* tiles, int64_t count, float* to) {
+    for (int i = 0; i < sums.count; ++i) {
+        const int64_t N = sums.N[i], width = vectors(sums.K[i]);
+        int64_t n = 0;
+        for (; n + kR <= N; n += kR) add_rows<kR>(tiles, count, i, n, width, reinterpret_cast<Vec*>(to));
+        for (; n < N; ++n) add_rows<1>(tiles, count, i, n, width, reinterpret_cast<Vec*>(to));
+        to += N * width * kLanes;
+    }
+}
+
+template <int Terms>
+inline Vec odd(Vec x, const float (&c)[Terms], float limit) {
+    Vec z = x < -limit ? all(-limit) : x;
+    z = z > limit ? all(limit) : z;
+    const Vec u = z * z * (2 / (limit * limit)) - 1;
+    Vec sum = all(c[Terms - 1]);
+#pragma GCC unroll 32
+    for (int i = Terms - 2; i >= 0; --i) sum = sum * u + c[i];
+    return z * sum + 0.5f;
+}
+
+// Φ(x), and the derivative of x·Φ(x), as 1/2 plus an odd polynomial: least maximum error over |x| ≤ limit, beyond which
+// both are as good as constant. Off by at most 1.5e-7 and 4e-7 when evaluated in float (scipy's erf in double).
+template <class Dot>
+inline Vec normal_cdf(Vec x) {
+    constexpr float rough[] = {0.147212687f, -0.0729836462f, 0.0529129214f, -0.0404956352f, 0.0306099129f, -0.0225166048f, 0.0143100154f, -0.00689066354f, 0.00470257354f, -0.00449646763f, 0.00180179785f};  // 2e-6, enough for bfloat16
+    if (Dot::kDepth == 2) return odd(x, rough, 4.8f);
+    constexpr float c[] = {0.130928113f,    -0.0653280549f,  0.0484995915f,  -0.039206813f,   0.0321165952f,
+                           -0.0257464572f,  0.0196451441f,   -0.0139633199f, 0.00965119602f,  -0.00671533878f,
+                           0.00365892205f,  -0.00118640995f, 0.000874934006f, -0.00102836896f, 0.000392858682f};
+    return odd(x, c, 5.4f);
+}
+inline Vec gelu_slope(Vec x) {
+    constexpr float c[] = {0.126416642f,  -0.0642823051f, 0.0518079604f,  -0.050972425f,   0.0566848785f, -0.0648823016f,
+                           0.0716295838f, -0.0737511776f, 0.0666107266f,  -0.0516532671f,  0.0426603217f, -0.0381617706f,
+                           0.0204231409f, -0.00259530939f, 0.0041846045f, -0.00800063844f, 0.00316712128f};
+    return odd(x, c, 5.6f);
+}
+
+// Each pixel of the tile less its mean, over its standard deviation; gives the inverse of the latter.
+template <int V>
+void standardise(Vec* x, int64_t C, float eps, Vec* inverse) {
+    for (int64_t v = 0; v < V; ++v) {
+        Vec mean = {}, square = {};
+        for (int64_t c = 0; c < C; ++c) mean += x[c * V + v];
+        mean *= 1.0f / C;
+        for (int64_t c = 0; c < C; ++c) square += (x[c * V + v] - mean) * (x[c * V + v] - mean);
+        for (int64_t l = 0; l < kLanes; ++l) inverse[v][l] = 1 / std::sqrt(square[l] / C + eps);
+        for (int64_t c = 0; c < C; ++c) x[c * V + v] = (x[c * V + v] - mean) * inverse[v];
+    }
+}
+
+struct Norm {
+    const float *weight, *bias;
+    float eps;
+};
+
+template <int V>
+void affine(const Vec* x, int64_t C, const Norm& norm, Vec* y) {
+    for (int64_t c = 0; c < C; ++c)
+        for (int64_t v = 0; v < V; ++v) y[c * V + v] = x[c * V + v] * norm.weight[c] + norm.bias[c];
+}
+
+template <int V>
+void scaled(const Vec* x, int64_t C, const float* scale, Vec* y) {
+    for (int64_t c = 0; c < C; ++c)
+        for (int64_t v = 0; v < V; ++v) y[c * V + v] = x[c * V + v] * scale[c];
+}
+
+// From the gradient of a LayerNorm's output to that of its input, in place; adds to the sums of its two vectors.
+template <int V>
+void norm_back(Vec* d, const Vec* x, const Vec* inverse, int64_t C, const Norm& norm, Vec* weight_sums, Vec* bias_sums) {
+    for (int64_t v = 0; v < V; ++v) {
+        Vec mean = {}, along = {};
+        for (int64_t c = 0; c < C; ++c) {
+            Vec& g = d[c * V + v];
+            weight_sums[c] += g * x[c * V + v];
+            bias_sums[c] += g;
+            g *= norm.weight[c];
+            mean += g;
+            along += g * x[c * V + v];
+        }
+        mean *= 1.0f / C, along *= 1.0f / C;
+        for (int64_t c = 0; c < C; ++c) d[c * V + v] = inverse[v] * (d[c * V + v] - mean - x[c * V + v] * along);
+    }
+}
+
+template <int V>
+void add_lanes(const Vec* d, int64_t N, Vec* lanes) {
+    for (int64_t n = 0; n < N; ++n)
+        for (int64_t v = 0; v < V; ++v) lanes[n] += d[n * V + v];
+}
+
+struct Tile {
+    int64_t first, rows;  // of the pixels
+};
+
+template <class Run>
+void with_size(int64_t V, Run run) {
+    switch (V) {
+        case 1: run(std::integral_constant<int, 1>{}); break;
+        case 2: run(std::integral_constant<int, 2>{}); break;
+        case 3: run(std::integral_constant<int, 3>{}); break;
+    }
+}
+
+// The next tile of [from, end), vectors of pixels, and its V: as even as can be.
+inline int64_t next_tile(int64_t from, int64_t end, int64_t M, Tile& tile) {
+    const int64_t left = end - from, tiles = (left + kMaxV - 1) / kMaxV, V = (left + tiles - 1) / tiles;
+    tile = {from * kLanes, (from + V) * kLanes < M ? V * kLanes : M - from * kLanes};
+    return V;
+}
+
+inline Vec* allocated(int64_t vectors) { return static_cast<Vec*>(std::aligned_alloc(sizeof(Vec), vectors * sizeof(Vec))); }
+
+// Shares M pixels among T threads, and each thread's among tiles: run(V, tile, scratch) with `scratch` vectors for each
+// of V, an integral_constant.
+template <class Run>
+void for_tiles(int64_t M, int64_t T, int64_t scratch, Run run) {
+#pragma omp parallel for num_threads(T) schedule(static)
+    for (int64_t t = 0; t < T; ++t) {
+        Vec* room = allocated(scratch * kMaxV);
+        Tile tile;
+        const int64_t end = vectors(M) * (t + 1) / T;
+        for (int64_t from = vectors(M) * t / T, V; from < end; from += V) {
+            V = next_tile(from, end, M, tile);
+            with_size(V, [&](auto size) { run(size, tile, room); });
+        }
+        std::free(room);
+    }
+}
+
+// The same for backward kernels: run(V, tile, scratch, kept, lanes) fills what is kept for the weights' sums, and adds to
+// the lanes of the vectors' sums, of `elements` elements. `to`: a share for each thread.
+template <class Run>
+void for_tiles_back(int64_t M, int64_t T, int64_t scratch, const Sums& sums, int64_t elements, float* to, Run run) {
+    const int64_t share = sums.size + elements * kLanes;
+    int64_t each = 0;
+    for (int i = 0; i < sums.count; ++i) each += (sums.N[i] + pitch(sums.K[i]) * kLanes) * kMaxV;
+#pragma omp parallel for num_threads(T) schedule(static)
+    for (int64_t t = 0; t < T; ++t) {
+        float* own = to + t * share;
+        std::memset(own, 0, share * sizeof(float));
+        Vec *room = allocated(scratch * kMaxV + each * kGroup), *next = room + scratch * kMaxV;
+        Kept kept[kGroup];
+        for (Kept& one : kept)
+            for (int i = 0; i < sums.count; ++i) {
+                one.d[i] = next, next += sums.N[i] * kMaxV;
+                one.rows[i] = next, next += pitch(sums.K[i]) * kLanes * kMaxV;
+            }
+        Tile tile;
+        const int64_t end = vectors(M) * (t + 1) / T;
+        for (int64_t from = vectors(M) * t / T; from < end;) {
+            int64_t count = 0;
+            for (int64_t V; from < end && count < kGroup; from += V, ++count) {
+                V = next_tile(from, end, M, tile);
+                kept[count].pixels = V * kLanes;
+                Vec* lanes = reinterpret_cast<Vec*>(own + sums.size);
+                with_size(V, [&](auto size) { run(size, tile, room, kept[count], lanes); });
+            }
+            add_weights(sums, kept, count, own);
+        }
+        std::free(room);
+    }
+}
+
+}  // namespace
