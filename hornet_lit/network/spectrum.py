@@ -1,8 +1,9 @@
 """The global filter (GFNet's, HorNet §3.3): real 2-d DFT, a learned complex weight for each of its numbers, and back.
 
 On CPUs small maps go through four matrix products, in the channels-last layout that the rest of the network has: the
-FFT transposes the map there and back, has no bfloat16, and ends what a compiler can fuse. Large ones go through the
-FFT, whose cost grows more slowly, and so does all on GPUs, where the products have not been measured yet.
+FFT transposes the map there and back, has no bfloat16, and ends what a compiler can fuse. Where C++ could be built
+(native/spectrum.cpp) one kernel makes all four while a map lies in the cache. Large maps go through the FFT, whose cost
+grows more slowly, and so does all on GPUs, where the products have not been measured yet.
 
 Shapes: B batch, C channels, H height, W width, F = W // 2 + 1 columns of a real spectrum; G = 2F and L = 2H count real
 and imaginary parts as rows of their own; P points in either direction.
@@ -10,19 +11,25 @@ and imaginary parts as rows of their own; P points in either direction.
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from hornet_lit.network.layers import exporting
+from hornet_lit.network import native
+from hornet_lit.network.layers import exporting, observed
 
 Size = tuple[int, int]
 Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 # Longest side for which the products are faster than the FFT, by measurement (BENCHMARKS.md, Speed).
 LONGEST_SIDE = {"cpu": {torch.float32: 24, torch.bfloat16: 48, torch.float64: 24}}
+# The same for the kernel.
+LONGEST_KERNEL_SIDE = {torch.float32: 48, torch.bfloat16: 40}
 _products_of: dict[tuple[Size, torch.dtype, torch.device], Products] = {}
+_turned_of: dict[tuple[Size, torch.dtype, torch.device], Products] = {}
 
 
 def filter_spectrum(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor:
@@ -39,6 +46,8 @@ def filter_spectrum(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Te
     device = x_BCHW.device.type
     if device in LONGEST_SIDE and not exporting():
         autocast = torch.is_autocast_enabled(device) and x_BCHW.dtype != torch.float64
+        if _by_kernel(x_BCHW, weight_CHF2):
+            return _Filter.apply(x_BCHW, weight_CHF2.float())
         dtype = torch.get_autocast_dtype(device) if autocast else x_BCHW.dtype
         if max(height, width) <= LONGEST_SIDE[device].get(dtype, 0):
             return by_products(x_BCHW.to(dtype), weight_CHF2)
@@ -70,6 +79,93 @@ def by_products(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor
     return y.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
+def _by_kernel(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> bool:
+    if x_BCHW.device.type != "cpu" or max(x_BCHW.shape[-2:]) > LONGEST_KERNEL_SIDE.get(x_BCHW.dtype, 0):
+        return False
+    trained = torch.is_grad_enabled() and (x_BCHW.requires_grad or weight_CHF2.requires_grad)
+    return not observed() and not (trained and x_BCHW.dtype != torch.float32) and _built()
+
+
+@torch.compiler.assume_constant_result
+def _built() -> bool:
+    return hasattr(native.library("spectrum"), "filter_f32")
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "dy")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("B", "H", "W", "C", "x_pitch", "dy_pitch")]
+    _fields_ += [("weight", ctypes.c_void_p), ("there", ctypes.c_void_p * 4), ("turned", ctypes.c_void_p * 4)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("y", "dx", "dweight")]
+
+
+def _pixels(x_BCHW: torch.Tensor) -> torch.Tensor:
+    """The map as (B, H, W, C) whose pixels lie at one distance from each other, without a copy of half of a map."""
+    x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+    _, height, width, _ = x_BHWC.shape
+    pitch = x_BHWC.stride(2)
+    expected = (height * width * pitch, width * pitch, pitch, 1)
+    return x_BHWC if x_BHWC.stride() == expected else x_BHWC.contiguous()
+
+
+def _arguments(x_BHWC: torch.Tensor, weight_HF2C: torch.Tensor, **tensors: torch.Tensor) -> _Arguments:
+    b, h, w, c = x_BHWC.shape
+    matrices = _products((h, w), x_BHWC.new_empty(0, dtype=torch.float32))
+    turned = _turned((h, w), matrices)
+    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    pointers |= {"x": x_BHWC.data_ptr(), "weight": weight_HF2C.data_ptr()}
+    four = ctypes.c_void_p * 4
+    there, back = (four(*(m.data_ptr() for m in every)) for every in (matrices, turned))
+    return _Arguments(B=b, H=h, W=w, C=c, x_pitch=x_BHWC.stride(2), there=there, turned=back, **pointers)
+
+
+@torch.library.custom_op("hornet_lit::global_filter", mutates_args=())
+def _global_filter(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor:
+    x_BHWC, weight_HF2C = _pixels(x_BCHW), weight_CHF2.permute(1, 2, 3, 0).contiguous()
+    y_BHWC = x_BHWC.new_empty(x_BHWC.shape)
+    arguments = _arguments(x_BHWC, weight_HF2C, y=y_BHWC)
+    name = "filter_f32" if x_BCHW.dtype == torch.float32 else "filter_bf16"
+    getattr(native.library("spectrum"), name)(ctypes.byref(arguments), ctypes.c_int64(torch.get_num_threads()))
+    return y_BHWC.permute(0, 3, 1, 2)
+
+
+@_global_filter.register_fake
+def _(x_BCHW, weight_CHF2):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x_BCHW, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("hornet_lit::global_filter_backward", mutates_args=())
+def _global_filter_backward(
+    dy_BCHW: torch.Tensor, x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x_BHWC, dy_BHWC = _pixels(x_BCHW), _pixels(dy_BCHW)
+    weight_HF2C = weight_CHF2.permute(1, 2, 3, 0).contiguous()
+    dx_BHWC = x_BHWC.new_empty(x_BHWC.shape)
+    h, f, _, c = weight_HF2C.shape
+    dweight_HF2C = x_BHWC.new_zeros(h, f, 2, -(-c // 16) * 16)
+    arguments = _arguments(x_BHWC, weight_HF2C, dy=dy_BHWC, dx=dx_BHWC, dweight=dweight_HF2C)
+    arguments.dy_pitch = dy_BHWC.stride(2)
+    threads = ctypes.c_int64(torch.get_num_threads())
+    native.library("spectrum").filter_backward_f32(ctypes.byref(arguments), threads)
+    return dx_BHWC.permute(0, 3, 1, 2), dweight_HF2C[..., :c].permute(3, 0, 1, 2).contiguous()
+
+
+@_global_filter_backward.register_fake
+def _(dy_BCHW, x_BCHW, weight_CHF2):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x_BCHW, memory_format=torch.channels_last), weight_CHF2.new_empty(weight_CHF2.shape)
+
+
+class _Filter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BCHW, weight_CHF2):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x_BCHW, weight_CHF2)
+        return _global_filter(x_BCHW, weight_CHF2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_BCHW):  # type: ignore[no-untyped-def]
+        return _global_filter_backward(dy_BCHW, *ctx.saved_tensors)
+
+
 def resize_spectrum(weight_CHF2: torch.Tensor, size: Size) -> torch.Tensor:
     """Resize a stored complex weight (C, H, F, 2) bilinearly (align_corners) to ``size`` = (H', F'), real and imaginary
     part alike and in float32, as the published code does; the tensor itself where the size fits."""
@@ -93,6 +189,15 @@ def _products(size: Size, like: torch.Tensor) -> Products:
         with torch.inference_mode(False):  # kept tensors must serve training too
             _products_of[key] = _dft(size, like.dtype, like.device)
     return _products_of[key]
+
+
+def _turned(size: Size, products: Products) -> Products:
+    """The four matrices turned, kept like them."""
+    key = ((int(size[0]), int(size[1])), products[0].dtype, products[0].device)
+    if key not in _turned_of:
+        with torch.inference_mode(False):
+            _turned_of[key] = tuple(matrix.T.contiguous() for matrix in products)  # type: ignore[assignment]
+    return _turned_of[key]
 
 
 def _dft(size: Size, dtype: torch.dtype, device: torch.device) -> Products:

@@ -1,0 +1,152 @@
+// The global filter (HorNet §3.3): real 2-d DFT of each channel, a complex weight for each of its numbers, and back; and
+// the way back through all that. The DFT is four products with its matrices, each from the left.
+//
+// Sixteen channels are one vector, and a map's side a dozen pixels or two: what one vector of channels of one image needs
+// lies in the first- or second-level cache from the first product to the last.
+//
+// B batch, C channels, H height, W width, F = W / 2 + 1 columns of a spectrum, G = 2F and L = 2H: real and imaginary
+// parts as rows of their own, G by part and column, L by row and part.
+
+#ifdef __AVX512F__
+
+#include "tiles.h"
+
+namespace {
+
+template <class T>
+struct Filter {
+    const T *x, *dy;  // (B, H, W) pixels, `x_pitch` and `dy_pitch` elements apart
+    int64_t B, H, W, C, x_pitch, dy_pitch;
+    const float* weight;  // (H, F, 2, C)
+    // (G, W), (L, L), (L, L), (W, G): there and back, and the turned ones for gradients.
+    const float *along_w, *along_h, *back_h, *back_w, *turned_w, *turned_h, *turned_back_h, *turned_back_w;
+    T *y, *dx;       // (B, H, W, C)
+    float* dweight;  // (H, F, 2, vectors(C) · 16)
+    int64_t columns() const { return W / 2 + 1; }
+    int64_t map() const { return H * (W + 2); }  // room for a map or for its spectrum, of vectors
+};
+
+// emit(n, column, sum) for each element of m (N, K) times x (K, columns).
+template <int V, class Emit>
+inline void matrix_columns(const float* m, int64_t N, int64_t K, const Vec* x, int64_t columns, int64_t column, Emit emit) {
+    const auto strip = [&](auto rows, int64_t n) __attribute__((always_inline)) {
+        constexpr int R = decltype(rows)::value;
+        Vec sums[R][V] = {};
+        accumulate<Single>(sums, m + n * K, K, x + column, columns, K);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) emit(n + i, column + v, sums[i][v]);
+    };
+    int64_t n = 0;
+    for (; n + kR <= N; n += kR) strip(std::integral_constant<int, kR>{}, n);
+    for (; n + 4 <= N; n += 4) strip(std::integral_constant<int, 4>{}, n);
+    for (; n < N; ++n) strip(std::integral_constant<int, 1>{}, n);
+}
+
+template <class Emit>
+inline void matrix(const float* m, int64_t N, int64_t K, const Vec* x, int64_t columns, Emit emit) {
+    int64_t column = 0;
+    for (; column + 3 <= columns && columns - column != 4; column += 3) matrix_columns<3>(m, N, K, x, columns, column, emit);
+    for (; column + 2 <= columns; column += 2) matrix_columns<2>(m, N, K, x, columns, column, emit);
+    for (; column < columns; ++column) matrix_columns<1>(m, N, K, x, columns, column, emit);
+}
+
+// A map (W, H) to its spectrum (L, F), by w (G, W) and h (L, L).
+template <class T>
+void there(const Filter<T>& a, const float* w, const float* h, const Vec* map, Vec* between, Vec* spectrum) {
+    const int64_t G = 2 * a.columns(), F = a.columns();
+    matrix(w, G, a.W, map, a.H, [&](int64_t g, int64_t row, Vec sum) { between[row * G + g] = sum; });
+    matrix(h, 2 * a.H, 2 * a.H, between, F, [&](int64_t l, int64_t f, Vec sum) { spectrum[l * F + f] = sum; });
+}
+
+// A spectrum (L, F) to a map (W, H), emitted as (column, row), by h (L, L) and w (W, G).
+template <class T, class Emit>
+void back(const Filter<T>& a, const float* h, const float* w, const Vec* spectrum, Vec* between, Emit emit) {
+    const int64_t F = a.columns();
+    matrix(h, 2 * a.H, 2 * a.H, spectrum, F,
+           [&](int64_t l, int64_t f, Vec sum) { between[((l & 1) * F + f) * a.H + l / 2] = sum; });
+    matrix(w, a.W, 2 * F, between, a.H, emit);
+}
+
+template <class T>
+void read(const Filter<T>& a, const T* x, int64_t pitch, int64_t b, int64_t c, Vec* map) {
+    for (int64_t row = 0; row < a.H; ++row)
+        for (int64_t column = 0; column < a.W; ++column)
+            map[column * a.H + row] = load(x + ((b * a.H + row) * a.W + column) * pitch + c, a.C - c);
+}
+
+template <class T>
+void filter(const Filter<T>& a, int64_t T_) {
+    const int64_t F = a.columns(), groups = vectors(a.C);
+#pragma omp parallel num_threads(T_)
+    {
+        Vec *map = allocated(3 * a.map()), *between = map + a.map(), *spectrum = between + a.map();
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t b = 0; b < a.B; ++b)
+            for (int64_t group = 0; group < groups; ++group) {
+                const int64_t c = group * kLanes;
+                read(a, a.x, a.x_pitch, b, c, map);
+                there(a, a.along_w, a.along_h, map, between, spectrum);
+                for (int64_t row = 0; row < a.H; ++row)
+                    for (int64_t f = 0; f < F; ++f) {
+                        const float* weight = a.weight + (row * F + f) * 2 * a.C + c;
+                        const Vec by_real = load(weight, a.C - c), by_imag = load(weight + a.C, a.C - c);
+                        Vec &real = spectrum[2 * row * F + f], &imag = spectrum[(2 * row + 1) * F + f];
+                        const Vec was = real;
+                        real = real * by_real - imag * by_imag;
+                        imag = imag * by_real + was * by_imag;
+                    }
+                back(a, a.back_h, a.back_w, spectrum, between, [&](int64_t column, int64_t row, Vec sum) {
+                    store(sum, a.y + ((b * a.H + row) * a.W + column) * a.C + c, a.C - c);
+                });
+            }
+        std::free(map);
+    }
+}
+
+void filter_backward(const Filter<float>& a, int64_t T) {
+    const int64_t F = a.columns(), groups = vectors(a.C), width = groups * kLanes;
+#pragma omp parallel num_threads(T)
+    {
+        Vec *map = allocated(4 * a.map()), *between = map + a.map(), *spectrum = between + a.map();
+        Vec* d = spectrum + a.map();
+#pragma omp for schedule(static)
+        for (int64_t group = 0; group < groups; ++group)
+            for (int64_t b = 0; b < a.B; ++b) {
+                const int64_t c = group * kLanes;
+                read(a, a.x, a.x_pitch, b, c, map);
+                there(a, a.along_w, a.along_h, map, between, spectrum);
+                read(a, a.dy, a.dy_pitch, b, c, map);
+                there(a, a.turned_back_w, a.turned_back_h, map, between, d);
+                for (int64_t row = 0; row < a.H; ++row)
+                    for (int64_t f = 0; f < F; ++f) {
+                        const float* weight = a.weight + (row * F + f) * 2 * a.C + c;
+                        const Vec by_real = load(weight, a.C - c), by_imag = load(weight + a.C, a.C - c);
+                        const int64_t r = 2 * row * F + f, i = r + F;
+                        Vec* sums = reinterpret_cast<Vec*>(a.dweight + (row * F + f) * 2 * width + c);
+                        const Vec by_r = d[r] * spectrum[r] + d[i] * spectrum[i];
+                        const Vec by_i = d[i] * spectrum[r] - d[r] * spectrum[i];
+                        sums[0] = b ? sums[0] + by_r : by_r;
+                        sums[groups] = b ? sums[groups] + by_i : by_i;
+                        const Vec was = d[r];
+                        d[r] = d[r] * by_real + d[i] * by_imag;
+                        d[i] = d[i] * by_real - was * by_imag;
+                    }
+                back(a, a.turned_h, a.turned_w, d, between, [&](int64_t column, int64_t row, Vec sum) {
+                    store(sum, a.dx + ((b * a.H + row) * a.W + column) * a.C + c, a.C - c);
+                });
+            }
+        std::free(map);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+void filter_f32(const Filter<float>* a, int64_t T) { filter(*a, T); }
+void filter_bf16(const Filter<uint16_t>* a, int64_t T) { filter(*a, T); }
+void filter_backward_f32(const Filter<float>* a, int64_t T) { filter_backward(*a, T); }
+}
+
+#endif
