@@ -229,29 +229,31 @@ def _norm_mlp(
     eps: float,
     residual: bool,
     keep: bool,
-    threads: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, (n, c) = _rows(x_BCHW), w1_NC.shape
+    rows, (n, c), threads = _rows(x_BCHW), w1_NC.shape, torch.get_num_threads()
     pixels, y_BCHW = rows.numel() // c, _map_like(x_BCHW, c)
     hidden = _hidden(x_BCHW, n, keep)
     norm = _Norm(_pointer(norm_weight_C), _pointer(norm_bias_C), eps)
     pointers = {"x": rows, "w1": w1_NC, "b1": b1_N, "w2": w2_CN, "b2": b2_C, "scale": scale_C, "y": y_BCHW}
-    pointers["h"] = hidden if keep else None
+    if keep:
+        hidden[-1] = threads
+        pointers["h"] = hidden
     arguments = _Mlp(C=c, N=n, residual=residual, norm=norm, **{k: _pointer(t) for k, t in pointers.items()})
     _run(f"mlp_forward_{_type(x_BCHW, w1_NC)}", arguments, pixels, threads)
     return y_BCHW, hidden
 
 
 @_norm_mlp.register_fake
-def _(x_BCHW, w1_NC, b1_N, w2_CN, b2_C, scale_C, norm_weight_C, norm_bias_C, eps, residual, keep, threads):  # type: ignore[no-untyped-def]
+def _(x_BCHW, w1_NC, b1_N, w2_CN, b2_C, scale_C, norm_weight_C, norm_bias_C, eps, residual, keep):  # type: ignore[no-untyped-def]
     n, c = w1_NC.shape
     return _map_like(x_BCHW, c), _hidden(x_BCHW, n, keep)
 
 
 def _hidden(x_BCHW: torch.Tensor, channels: int, keep: bool) -> torch.Tensor:
-    """Room for the hidden activations, in the kernel's own order: it splits the pixels by threads."""
+    """Room for the hidden activations in the kernel's own order, which depends on the number of threads: that is the
+    last element."""
     b, _, h, w = x_BCHW.shape
-    return x_BCHW.new_empty((b * h * w + LANES - 1) // LANES * LANES * channels if keep else 0, dtype=torch.float32)
+    return x_BCHW.new_empty((b * h * w + LANES - 1) // LANES * LANES * channels + 1 if keep else 0, dtype=torch.float32)
 
 
 @torch.library.custom_op("hornet_lit::norm_mlp_backward", mutates_args=())
@@ -267,12 +269,11 @@ def _norm_mlp_backward(
     norm_bias_C: torch.Tensor,
     eps: float,
     residual: bool,
-    threads: int,
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:
     rows, dy, (n, c) = _rows(x_BCHW), _rows(dy_BCHW), w1_NC.shape
-    dx_BCHW = _map_like(x_BCHW, c)
+    dx_BCHW, threads = _map_like(x_BCHW, c), int(hidden[-1])
     sums = x_BCHW.new_empty(threads, 2 * n * _padded(c) + (n + 3 * c) * LANES)
     norm = _Norm(_pointer(norm_weight_C), _pointer(norm_bias_C), eps)
     w1_CN, w2_NC = w1_NC.T.contiguous(), w2_CN.T.contiguous()
@@ -285,7 +286,7 @@ def _norm_mlp_backward(
 
 
 @_norm_mlp_backward.register_fake
-def _(dy_BCHW, x_BCHW, hidden, w1_NC, w2_CN, b2_C, scale_C, norm_weight_C, norm_bias_C, eps, residual, threads):  # type: ignore[no-untyped-def]
+def _(dy_BCHW, x_BCHW, hidden, w1_NC, w2_CN, b2_C, scale_C, norm_weight_C, norm_bias_C, eps, residual):  # type: ignore[no-untyped-def]
     new, (n, c) = x_BCHW.new_empty, w1_NC.shape
     return _map_like(x_BCHW, c), new(n, c), new(n), new(c, n), new(c), new(c), new(c), new(c)
 
@@ -305,15 +306,15 @@ def _scaled(
 class _NormMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, scale, norm_weight, norm_bias, eps, residual):  # type: ignore[no-untyped-def]
-        ctx.options = eps, residual, torch.get_num_threads()
-        y, hidden = _norm_mlp(x, w1, b1, w2, b2, scale, norm_weight, norm_bias, eps, residual, True, ctx.options[-1])
+        y, hidden = _norm_mlp(x, w1, b1, w2, b2, scale, norm_weight, norm_bias, eps, residual, True)
         ctx.save_for_backward(x, hidden, w1, w2, b2, scale, norm_weight, norm_bias)
+        ctx.eps, ctx.residual = eps, residual
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BCHW):  # type: ignore[no-untyped-def]
-        return *_norm_mlp_backward(dy_BCHW, *ctx.saved_tensors, *ctx.options), None, None
+        return *_norm_mlp_backward(dy_BCHW, *ctx.saved_tensors, ctx.eps, ctx.residual), None, None
 
 
 def norm_mlp(
@@ -331,7 +332,7 @@ def norm_mlp(
     tensors = x_BCHW, _weight(up, x_BCHW), b1_N, _weight(down, x_BCHW), *vectors
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _NormMlp.apply(*tensors, norm.eps, residual)
-    return _norm_mlp(*tensors, norm.eps, residual, False, torch.get_num_threads())[0]
+    return _norm_mlp(*tensors, norm.eps, residual, False)[0]
 
 
 # gnConv's gated interactions and output projection.
