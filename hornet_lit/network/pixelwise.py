@@ -22,6 +22,9 @@ from hornet_lit.network.layers import GELU, ChannelLinear, observed
 
 LANES = 16  # pixels of one vector
 MAX_ORDER = 16
+MOST_BYTES = (
+    2**30
+)  # for all threads' sums in a backward kernel: they bound the threads of wide layers on large machines
 PLAIN = (LayerNorm2d, nn.Conv2d, ChannelLinear, GELU)
 Pointer, Int = ctypes.c_void_p, ctypes.c_int64
 
@@ -72,20 +75,22 @@ class _Norm(ctypes.Structure):
 
 class _Linear(ctypes.Structure):
     _fields_ = [("x", Pointer), ("K", Int), ("N", Int), ("P", Int), ("norm", _Norm)]
-    _fields_ += [(name, Pointer) for name in ("w", "b", "p", "q", "dx", "sums")]
+    _fields_ += [(name, Pointer) for name in ("w", "b", "p", "q", "dx", "dw", "dvectors")]
 
 
 class _Mlp(ctypes.Structure):
     _fields_ = [("x", Pointer), ("C", Int), ("N", Int), ("norm", _Norm)]
     _fields_ += [(name, Pointer) for name in ("w1", "b1", "w2", "b2", "scale", "h", "y")]
-    _fields_ += [("residual", Int), ("dy", Pointer), ("dx", Pointer), ("sums", Pointer)]
+    _fields_ += [("residual", Int)]
+    _fields_ += [(name, Pointer) for name in ("dy", "dx", "dw1", "dw2", "dvectors", "dscale")]
 
 
 class _Gates(ctypes.Structure):
     _fields_ = [("p", Pointer), ("gates", Pointer), ("C", Int), ("order", Int), ("first", Int)]
     _fields_ += [("w", Pointer * MAX_ORDER), ("b", Pointer * MAX_ORDER)]
     _fields_ += [(name, Pointer) for name in ("scale", "x", "y", "dy")]
-    _fields_ += [("turned", Pointer * MAX_ORDER), ("dp", Pointer), ("dgates", Pointer), ("sums", Pointer)]
+    _fields_ += [("dp", Pointer), ("dgates", Pointer), ("dw", Pointer * MAX_ORDER)]
+    _fields_ += [("dvectors", Pointer), ("dscale", Pointer)]
 
 
 def _rows(x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -98,8 +103,8 @@ def _map_like(x_BCHW: torch.Tensor, channels: int, dtype: torch.dtype | None = N
     return x_BCHW.new_empty((b, h, w, channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
-def _run(name: str, arguments: ctypes.Structure, pixels: int, threads: int) -> None:
-    getattr(native.library("pixelwise"), name)(ctypes.byref(arguments), Int(pixels), Int(threads))
+def _run(name: str, arguments: ctypes.Structure, *sizes: int) -> None:
+    getattr(native.library("pixelwise"), name)(ctypes.byref(arguments), *map(Int, sizes))
 
 
 def _type(x: torch.Tensor, weight: torch.Tensor) -> str:
@@ -125,15 +130,10 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _padded(channels: int) -> int:
-    return -(-channels // LANES) * LANES
-
-
-def _split(sums_TS: torch.Tensor, weights: Sequence[tuple[int, int]], vectors: Sequence[int]) -> list[torch.Tensor]:
-    """Gradients of weights (N, K) and vectors (N), added up over threads, and the vectors' over lanes."""
-    parts = sums_TS.split([n * _padded(k) for n, k in weights] + [n * LANES for n in vectors], dim=1)
-    grads = [part.sum(0).view(n, -1)[:, :k].contiguous() for (n, k), part in zip(weights, parts, strict=False)]
-    return grads + [part.view(-1, n, LANES).sum((0, 2)) for n, part in zip(vectors, parts[len(weights) :], strict=True)]
+def _workers(weights: Sequence[torch.Tensor], threads: int) -> int:
+    """How many threads a backward kernel may give gradients of their own."""
+    each = sum(4 * w.shape[0] * (w.shape[1] + LANES) for w in weights)
+    return max(1, min(threads, MOST_BYTES // each))
 
 
 # LayerNorm and a linear layer whose output is split in two.
@@ -176,14 +176,13 @@ def _norm_linear_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, (n, c), threads = _rows(x_BCHW), weight_NC.shape, torch.get_num_threads()
     dp, dq, dx_BCHW = _rows(dp_BPHW), _rows(dq_BQHW), _map_like(x_BCHW, c)
-    sums = x_BCHW.new_empty(threads, n * _padded(c) + (n + 2 * c) * LANES)
+    dw_NC, dvectors = torch.empty_like(weight_NC), x_BCHW.new_empty(n + 2 * c)
     norm = _Norm(_pointer(norm_weight_C), _pointer(norm_bias_C), eps)
-    turned_CN = weight_NC.T.contiguous()
-    pointers = {"x": rows, "w": turned_CN, "p": dp, "q": dq, "dx": dx_BCHW, "sums": sums}
+    pointers = {"x": rows, "w": weight_NC, "p": dp, "q": dq, "dx": dx_BCHW, "dw": dw_NC, "dvectors": dvectors}
     arguments = _Linear(K=c, N=n, P=dp.shape[-1], norm=norm, **{k: _pointer(t) for k, t in pointers.items()})
-    _run("linear_backward_f32", arguments, rows.numel() // c, threads)
-    dw, db, dnw, dnb = _split(sums, [(n, c)], [n, c, c])
-    return dx_BCHW, dw, db, dnw, dnb
+    _run("linear_backward_f32", arguments, rows.numel() // c, threads, _workers([weight_NC], threads))
+    db_N, dnorm_weight_C, dnorm_bias_C = (v.clone() for v in dvectors.split([n, c, c]))
+    return dx_BCHW, dw_NC, db_N, dnorm_weight_C, dnorm_bias_C
 
 
 @_norm_linear_backward.register_fake
@@ -274,33 +273,21 @@ def _norm_mlp_backward(
 ]:
     rows, dy, (n, c) = _rows(x_BCHW), _rows(dy_BCHW), w1_NC.shape
     dx_BCHW, threads = _map_like(x_BCHW, c), int(hidden[-1])
-    sums = x_BCHW.new_empty(threads, 2 * n * _padded(c) + (n + 3 * c) * LANES)
+    dw1_NC, dw2_CN, dscale_C = torch.empty_like(w1_NC), torch.empty_like(w2_CN), torch.empty_like(scale_C)
+    dvectors = x_BCHW.new_empty(n + 3 * c)
     norm = _Norm(_pointer(norm_weight_C), _pointer(norm_bias_C), eps)
-    w1_CN, w2_NC = w1_NC.T.contiguous(), w2_CN.T.contiguous()
-    pointers = {"x": rows, "w1": w1_CN, "w2": w2_NC, "scale": scale_C, "h": hidden, "dy": dy, "dx": dx_BCHW}
-    pointers["sums"] = sums
+    pointers = {"x": rows, "w1": w1_NC, "w2": w2_CN, "b2": b2_C, "scale": scale_C, "h": hidden, "dy": dy}
+    pointers |= {"dx": dx_BCHW, "dw1": dw1_NC, "dw2": dw2_CN, "dvectors": dvectors, "dscale": dscale_C}
     arguments = _Mlp(C=c, N=n, residual=residual, norm=norm, **{k: _pointer(t) for k, t in pointers.items()})
-    _run("mlp_backward_f32", arguments, rows.numel() // c, threads)
-    dw1, dw2_turned, db1, db2, dnw, dnb = _split(sums, [(n, c), (n, c)], [n, c, c, c])
-    return dx_BCHW, dw1, db1, *_scaled(dw2_turned, db2, w2_CN, b2_C, scale_C), dnw, dnb
+    _run("mlp_backward_f32", arguments, rows.numel() // c, threads, _workers([w1_NC, w2_CN], threads))
+    db1_N, db2_C, dnorm_weight_C, dnorm_bias_C = (v.clone() for v in dvectors.split([n, c, c, c]))
+    return dx_BCHW, dw1_NC, db1_N, dw2_CN, db2_C, dscale_C, dnorm_weight_C, dnorm_bias_C
 
 
 @_norm_mlp_backward.register_fake
 def _(dy_BCHW, x_BCHW, hidden, w1_NC, w2_CN, b2_C, scale_C, norm_weight_C, norm_bias_C, eps, residual):  # type: ignore[no-untyped-def]
     new, (n, c) = x_BCHW.new_empty, w1_NC.shape
     return _map_like(x_BCHW, c), new(n, c), new(n), new(c, n), new(c), new(c), new(c), new(c)
-
-
-def _scaled(
-    dw_turned_KC: torch.Tensor, db_C: torch.Tensor, w_CK: torch.Tensor, b_C: torch.Tensor, scale_C: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of W, b and γ of γ ⊙ (W·a + b) from those of W and b for γ = 1.
-
-    Σ dy ⊙ (W·a + b), that of γ, is W's rows times their gradients, so that the product is not needed again.
-    """
-    dw_CK = dw_turned_KC.T.contiguous()
-    dscale_C = (dw_CK * w_CK).sum(1) + db_C * b_C
-    return dw_CK.mul_(scale_C[:, None]), db_C * scale_C, dscale_C
 
 
 class _NormMlp(torch.autograd.Function):
@@ -386,19 +373,15 @@ def _gates_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     p, gates, dy, threads = _rows(p_BPHW), _rows(gates_BQHW), _rows(dy_BCHW), torch.get_num_threads()
     dp_BPHW, dgates_BQHW = _map_like(p_BPHW, p.shape[-1]), _map_like(p_BPHW, gates.shape[-1])
-    shapes = [tuple(w.shape) for w in weights]
-    size = sum(n * (_padded(k) + LANES) for n, k in shapes)
-    sums = p.new_empty(threads, size)
+    dws, dscale_C = [torch.empty_like(w) for w in weights], torch.empty_like(scale_C)
+    widths = [len(w) for w in weights]
+    dvectors = p.new_empty(sum(widths))
     arguments = _gates_arguments(p, gates, weights, biases, scale_C)
-    turned = [w.T.contiguous() for w in weights]
-    arguments.turned = (Pointer * MAX_ORDER)(*map(_pointer, turned))
-    arguments.dy, arguments.sums = _pointer(dy), _pointer(sums)
-    arguments.dp, arguments.dgates = _pointer(dp_BPHW), _pointer(dgates_BQHW)
-    _run("gates_backward_f32", arguments, p.numel() // p.shape[-1], threads)
-    grads = _split(sums, shapes, [n for n, _ in shapes])
-    dws, dbs = grads[: len(shapes)], grads[len(shapes) :]
-    dws[-1], dbs[-1], dscale_C = _scaled(dws[-1], dbs[-1], weights[-1], biases[-1], scale_C)
-    return dp_BPHW, dgates_BQHW, dws, dbs, dscale_C
+    arguments.dy, arguments.dp, arguments.dgates = _pointer(dy), _pointer(dp_BPHW), _pointer(dgates_BQHW)
+    arguments.dw = (Pointer * MAX_ORDER)(*map(_pointer, dws))
+    arguments.dvectors, arguments.dscale = _pointer(dvectors), _pointer(dscale_C)
+    _run("gates_backward_f32", arguments, p.numel() // p.shape[-1], threads, _workers(weights, threads))
+    return dp_BPHW, dgates_BQHW, dws, [db.clone() for db in dvectors.split(widths)], dscale_C
 
 
 @_gates_backward.register_fake

@@ -2,7 +2,7 @@
 // gnConv's gated interactions with its output projection; LayerNorm, MLP and residual (HorNet equations 3.1 to 3.4).
 //
 // X is the element of the residual stream (x, y), Dot::Element that of weights and of what gnConv filters; vectors
-// (biases, scales, norms) are always float. Backward kernels are for float alone, and read their weights turned.
+// (biases, scales, norms) are always float. Backward kernels are for float alone; what d* point to is written.
 //
 // M pixels, C channels, K channels in, N channels out, T threads, V vectors of pixels.
 
@@ -20,7 +20,7 @@ struct Linear {  // out = W·norm(x) + b, its first P channels to p and the rest
     const Element* w;
     const float* b;
     Element *p, *q;
-    float *dx, *sums;
+    float *dx, *dw, *dvectors;
 };
 
 template <class X, class Dot>
@@ -38,10 +38,13 @@ void linear_forward(const Linear<X, typename Dot::Element>& a, int64_t M, int64_
     });
 }
 
-// Sums: w, then b, norm.weight, norm.bias.
-void linear_backward(const Linear<float, float>& a, int64_t M, int64_t T) {
+// Vectors: b, norm.weight, norm.bias.
+void linear_backward(const Linear<float, float>& a, int64_t M, int64_t T, int64_t workers) {
     Sums sums;
-    sums.add(a.N, a.K);
+    sums.add(a.N, a.K, a.dw);
+    sums.elements = a.N + 2 * a.K, sums.vectors_to = a.dvectors;
+    Vec* turned = turned_weight(a.w, a.N, a.K, T);
+    const float* w = reinterpret_cast<const float*>(turned);
     const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept& kept, Vec* lanes) {
         constexpr int V = decltype(size)::value;
         Vec *x = scratch, *in = x + a.K * V, *dx = in + a.K * V, *d = kept.d[0], inverse[V];
@@ -52,11 +55,12 @@ void linear_backward(const Linear<float, float>& a, int64_t M, int64_t T) {
         affine<V>(x, a.K, a.norm, in);
         turn<V>(in, a.K, kept.rows[0]);
         add_lanes<V>(d, a.N, lanes);
-        product<V>(a.w, a.K, d, a.N, [&](int64_t k, int v, Vec sum) { dx[k * V + v] = sum; });
+        product<V>(w, a.K, d, a.N, [&](int64_t k, int v, Vec sum) { dx[k * V + v] = sum; });
         norm_back<V>(dx, x, inverse, a.K, a.norm, lanes + a.N, lanes + a.N + a.K);
         leave<V>(dx, t.rows, a.K, a.dx + t.first * a.K, a.K);
     };
-    for_tiles_back(M, T, 3 * a.K, sums, a.N + 2 * a.K, a.sums, run);
+    for_tiles_back(M, T, workers, 3 * a.K, sums, run);
+    std::free(turned);
 }
 
 template <class X, class Element>
@@ -72,7 +76,7 @@ struct Mlp {  // y = x + scale ⊙ (W₂·GELU(h) + b₂), h = W₁·norm(x) + b
     X* y;
     int64_t residual;
     const float* dy;
-    float *dx, *sums;
+    float *dx, *dw1, *dw2, *dvectors, *dscale;
 };
 
 template <class X, class Dot>
@@ -100,10 +104,14 @@ void mlp_forward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T) {
     });
 }
 
-// Sums: w1, w2 turned, then b1, b2, norm.weight, norm.bias; w2's and b2's as if scale were 1.
-void mlp_backward(const Mlp<float, float>& a, int64_t M, int64_t T) {
+// Vectors: b1, b2, norm.weight, norm.bias.
+void mlp_backward(const Mlp<float, float>& a, int64_t M, int64_t T, int64_t workers) {
     Sums sums;
-    sums.add(a.N, a.C), sums.add(a.N, a.C);
+    sums.add(a.N, a.C, a.dw1), sums.add(a.N, a.C, a.dw2);
+    sums.elements = a.N + 3 * a.C, sums.vectors_to = a.dvectors;
+    sums.w = a.w2, sums.b = a.b2, sums.scale = a.scale, sums.bias = a.N, sums.dscale = a.dscale;
+    Vec *turned1 = turned_weight(a.w1, a.N, a.C, T), *turned2 = turned_weight(a.w2, a.C, a.N, T);
+    const float *w1 = reinterpret_cast<const float*>(turned1), *w2 = reinterpret_cast<const float*>(turned2);
     const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept& kept, Vec* lanes) {
         constexpr int V = decltype(size)::value;
         Vec *x = scratch, *in = x + a.C * V, *dy = in + a.C * V, *dx = dy + a.C * V, inverse[V];
@@ -112,7 +120,7 @@ void mlp_backward(const Mlp<float, float>& a, int64_t M, int64_t T) {
         enter<V>(a.dy + t.first * a.C, t.rows, a.C, dy);
         turn<V>(dy, a.C, kept.rows[1]);
         scaled<V>(dy, a.C, a.scale, dx);
-        product<V>(a.w2, a.N, dx, a.C, [&](int64_t n, int v, Vec sum) {
+        product<V>(w2, a.N, dx, a.C, [&](int64_t n, int v, Vec sum) {
             hidden[n * V + v] = h[n * V + v] * normal_cdf<Single>(h[n * V + v]);
             dh[n * V + v] = sum * gelu_slope(h[n * V + v]);
         });
@@ -122,13 +130,15 @@ void mlp_backward(const Mlp<float, float>& a, int64_t M, int64_t T) {
         turn<V>(in, a.C, kept.rows[0]);
         add_lanes<V>(dh, a.N, lanes);
         add_lanes<V>(dy, a.C, lanes + a.N);
-        product<V>(a.w1, a.C, dh, a.N, [&](int64_t c, int v, Vec sum) { dx[c * V + v] = sum; });
+        product<V>(w1, a.C, dh, a.N, [&](int64_t c, int v, Vec sum) { dx[c * V + v] = sum; });
         norm_back<V>(dx, x, inverse, a.C, a.norm, lanes + a.N + a.C, lanes + a.N + 2 * a.C);
         if (a.residual)
             for (int64_t i = 0; i < a.C * V; ++i) dx[i] += dy[i];
         leave<V>(dx, t.rows, a.C, a.dx + t.first * a.C, a.C);
     };
-    for_tiles_back(M, T, 4 * a.C, sums, a.N + 3 * a.C, a.sums, run);
+    for_tiles_back(M, T, workers, 4 * a.C, sums, run);
+    std::free(turned1);
+    std::free(turned2);
 }
 
 template <class X, class Element>
@@ -139,8 +149,8 @@ struct Gates {  // z₀ = p ⊙ g₀, z_{k+1} = (W_k·z_k + b_k) ⊙ g_{k+1}; y 
     const float *b[kMaxOrder], *scale;
     const X* x;
     X* y;
-    const float *dy, *turned[kMaxOrder];
-    float *dp, *dgates, *sums;
+    const float* dy;
+    float *dp, *dgates, *dw[kMaxOrder], *dvectors, *dscale;
     int64_t filtered() const { return 2 * C - first; }
 };
 
@@ -171,12 +181,19 @@ void gates_forward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t 
     });
 }
 
-// Interactions are computed again. Sums: all w, the last turned, then all b; the last w's and b's as if scale were 1.
-void gates_backward(const Gates<float, float>& a, int64_t M, int64_t T) {
+// Interactions are computed again. Vectors: all b.
+void gates_backward(const Gates<float, float>& a, int64_t M, int64_t T, int64_t workers) {
     const int64_t Q = a.filtered(), last = a.order - 1;
     Sums sums;
-    for (int64_t width = a.first; width < a.C; width *= 2) sums.add(2 * width, width);
-    sums.add(a.C, a.C);
+    Vec* turned[kMaxOrder];
+    for (int64_t k = 0, width = a.first; k < a.order; ++k, width *= 2) {
+        const int64_t out = k < last ? 2 * width : a.C, in = k < last ? width : a.C;
+        sums.add(out, in, a.dw[k]);
+        turned[k] = turned_weight(a.w[k], out, in, T);
+    }
+    const auto weight = [&](int64_t k) { return reinterpret_cast<const float*>(turned[k]); };
+    sums.elements = 3 * a.C - 2 * a.first, sums.vectors_to = a.dvectors;
+    sums.w = a.w[last], sums.b = a.b[last], sums.scale = a.scale, sums.bias = 2 * (a.C - a.first), sums.dscale = a.dscale;
     const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept& kept, Vec* lanes) {
         constexpr int V = decltype(size)::value;
         // Of z, of the gates g, and of the products u that they multiply, order k begins where its width - first is.
@@ -202,7 +219,7 @@ void gates_backward(const Gates<float, float>& a, int64_t M, int64_t T) {
         lanes += 2 * (a.C - a.first);
         add_lanes<V>(dy, a.C, lanes);
         scaled<V>(dy, a.C, a.scale, other);
-        product<V>(a.turned[last], a.C, other, a.C, [&](int64_t c, int v, Vec sum) { dz[c * V + v] = sum; });
+        product<V>(weight(last), a.C, other, a.C, [&](int64_t c, int v, Vec sum) { dz[c * V + v] = sum; });
         for (int64_t k = last - 1; k >= 0; --k) {
             width /= 2;
             const int64_t next = (2 * width - a.first) * V;
@@ -213,7 +230,7 @@ void gates_backward(const Gates<float, float>& a, int64_t M, int64_t T) {
             }
             lanes -= 2 * width;
             add_lanes<V>(du, 2 * width, lanes);
-            product<V>(a.turned[k], width, du, 2 * width, [&](int64_t n, int v, Vec sum) { dz[n * V + v] = sum; });
+            product<V>(weight(k), width, du, 2 * width, [&](int64_t n, int v, Vec sum) { dz[n * V + v] = sum; });
         }
         for (int64_t i = 0; i < a.first * V; ++i) {
             const Vec gate = g[i];
@@ -223,7 +240,8 @@ void gates_backward(const Gates<float, float>& a, int64_t M, int64_t T) {
         leave<V>(dz, t.rows, a.first, a.dp + t.first * a.first, a.first);
         leave<V>(g, t.rows, Q, a.dgates + t.first * Q, Q);
     };
-    for_tiles_back(M, T, a.first + 3 * Q + 3 * a.C, sums, 3 * a.C - 2 * a.first, a.sums, run);
+    for_tiles_back(M, T, workers, a.first + 3 * Q + 3 * a.C, sums, run);
+    for (int64_t k = 0; k < a.order; ++k) std::free(turned[k]);
 }
 
 }  // namespace
@@ -245,9 +263,15 @@ FORWARD(f32, float, Single)
 FORWARD(bf16, uint16_t, Pairs)
 FORWARD(mixed, float, Pairs)
 #endif
-void linear_backward_f32(const Linear<float, float>* a, int64_t M, int64_t T) { linear_backward(*a, M, T); }
-void mlp_backward_f32(const Mlp<float, float>* a, int64_t M, int64_t T) { mlp_backward(*a, M, T); }
-void gates_backward_f32(const Gates<float, float>* a, int64_t M, int64_t T) { gates_backward(*a, M, T); }
+void linear_backward_f32(const Linear<float, float>* a, int64_t M, int64_t T, int64_t workers) {
+    linear_backward(*a, M, T, workers);
+}
+void mlp_backward_f32(const Mlp<float, float>* a, int64_t M, int64_t T, int64_t workers) {
+    mlp_backward(*a, M, T, workers);
+}
+void gates_backward_f32(const Gates<float, float>* a, int64_t M, int64_t T, int64_t workers) {
+    gates_backward(*a, M, T, workers);
+}
 }
 
 #endif

@@ -189,13 +189,24 @@ inline __attribute__((always_inline)) void product(const typename Dot::Element* 
     for (; n < N; ++n) strip(std::integral_constant<int, 1>{}, n);
 }
 
-// The gradients that a backward kernel adds up over pixels: of weights, Σ over pixels of d(n, pixel) · x(pixel, k), each
-// (N, vectors(K) · 16); behind them 16 lanes for each element of vectors. d and x are kept for a group of tiles, so that
-// the sums, which fill the caches, are read and written less often.
+// The gradients that a backward kernel adds up over pixels, each thread on its own: of weights, Σ over pixels of
+// d(n, pixel) · x(pixel, k), each (N, vectors(K) · 16); behind them 16 lanes for each element of vectors. d and x are
+// kept for a group of tiles, so that the sums, which fill the caches, are read and written less often.
 struct Sums {
     int count = 0;
     int64_t N[kMaxOrder], K[kMaxOrder], size = 0;  // of floats
-    void add(int64_t n, int64_t k) { N[count] = n, K[count++] = k, size += n * vectors(k) * kLanes; }
+    float* weights[kMaxOrder];                     // where they go in the end, (N, K)
+    void add(int64_t n, int64_t k, float* weight) {
+        N[count] = n, K[count] = k, weights[count++] = weight, size += n * vectors(k) * kLanes;
+    }
+    int64_t elements = 0;  // of all vectors, and where they go
+    float* vectors_to = nullptr;
+    // The last weight is that of scale ⊙ (W·x + b) and summed up turned, (K, N) for W (N, K), as if scale were 1; so is b,
+    // from element `bias` on. Then scale's gradient, Σ d ⊙ (W·x + b), is W's rows times their sums, and b times its.
+    const float *w = nullptr, *b, *scale;
+    int64_t bias;
+    float* dscale;
+    int64_t share() const { return size + elements * kLanes; }
 };
 
 struct Kept {  // of one tile
@@ -363,16 +374,86 @@ void for_tiles(int64_t M, int64_t T, int64_t scratch, Run run) {
     }
 }
 
+// w (N, K) to (K, N).
+inline Vec* turned_weight(const float* w, int64_t N, int64_t K, int64_t T) {
+    float* to = reinterpret_cast<float*>(allocated(vectors(N * K)));
+#pragma omp parallel for num_threads(T) schedule(static)
+    for (int64_t n = 0; n < N; n += kLanes)
+        for (int64_t k = 0; k < K; k += kLanes) {
+            Vec r[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) r[i] = n + i < N ? load(w + (n + i) * K + k, K - k) : Vec{};
+            transpose(r);
+            for (int64_t i = 0; i < kLanes && k + i < K; ++i) store(r[i], to + (k + i) * N + n, N - n);
+        }
+    return reinterpret_cast<Vec*>(to);
+}
+
+inline Vec summed(const float* from, int64_t share, int64_t T) {
+    Vec sum = {};
+    for (int64_t t = 0; t < T; ++t) sum += load(from + t * share, kLanes);
+    return sum;
+}
+
+inline float across(Vec v) {
+    float sum = 0;
+    for (int64_t l = 0; l < kLanes; ++l) sum += v[l];
+    return sum;
+}
+
+// All threads' sums to where they go.
+inline void finish(const Sums& s, const float* from, int64_t T) {
+    const int64_t share = s.share(), last = s.count - 1;
+#pragma omp parallel num_threads(T)
+    {
+        const float* at = from;
+        for (int i = 0; i < s.count; ++i) {
+            const int64_t N = s.N[i], K = s.K[i], width = vectors(K) * kLanes;
+            if (i < last || !s.w) {
+#pragma omp for schedule(static) nowait
+                for (int64_t n = 0; n < N; ++n)
+                    for (int64_t k = 0; k < K; k += kLanes)
+                        store(summed(at + n * width + k, share, T), s.weights[i] + n * K + k, K - k);
+            }
+            at += N * width;
+        }
+#pragma omp for schedule(static)
+        for (int64_t e = 0; e < s.elements; ++e) s.vectors_to[e] = across(summed(at + e * kLanes, share, T));
+        if (s.w) {
+            const int64_t N = s.N[last], K = s.K[last], width = vectors(K) * kLanes;  // of W: its columns, its rows
+            at -= N * width;
+#pragma omp for schedule(static)
+            for (int64_t k = 0; k < K; k += kLanes) {
+                Vec along[kLanes] = {};
+                for (int64_t n = 0; n < N; n += kLanes) {
+                    Vec r[kLanes];
+                    for (int64_t i = 0; i < kLanes; ++i) r[i] = n + i < N ? summed(at + (n + i) * width + k, share, T) : Vec{};
+                    transpose(r);
+                    for (int64_t i = 0; i < kLanes && k + i < K; ++i) {
+                        along[i] += r[i] * load(s.w + (k + i) * N + n, N - n);
+                        store(r[i] * s.scale[k + i], s.weights[last] + (k + i) * N + n, N - n);
+                    }
+                }
+                for (int64_t i = 0; i < kLanes && k + i < K; ++i) {
+                    float& bias = s.vectors_to[s.bias + k + i];
+                    s.dscale[k + i] = across(along[i]) + bias * s.b[k + i];
+                    bias *= s.scale[k + i];
+                }
+            }
+        }
+    }
+}
+
 // The same for backward kernels: run(V, tile, scratch, kept, lanes) fills what is kept for the weights' sums, and adds to
-// the lanes of the vectors' sums, of `elements` elements. `to`: a share for each thread.
+// the lanes of the vectors'. The pixels are shared as among T threads, but only `workers` have sums of their own.
 template <class Run>
-void for_tiles_back(int64_t M, int64_t T, int64_t scratch, const Sums& sums, int64_t elements, float* to, Run run) {
-    const int64_t share = sums.size + elements * kLanes;
+void for_tiles_back(int64_t M, int64_t T, int64_t workers, int64_t scratch, const Sums& sums, Run run) {
+    const int64_t share = sums.share();
     int64_t each = 0;
     for (int i = 0; i < sums.count; ++i) each += (sums.N[i] + pitch(sums.K[i]) * kLanes) * kMaxV;
-#pragma omp parallel for num_threads(T) schedule(static)
-    for (int64_t t = 0; t < T; ++t) {
-        float* own = to + t * share;
+    float* all_sums = reinterpret_cast<float*>(allocated(workers * vectors(share)));
+#pragma omp parallel for num_threads(workers) schedule(static)
+    for (int64_t worker = 0; worker < workers; ++worker) {
+        float* own = all_sums + worker * share;
         std::memset(own, 0, share * sizeof(float));
         Vec *room = allocated(scratch * kMaxV + each * kGroup), *next = room + scratch * kMaxV;
         Kept kept[kGroup];
@@ -381,20 +462,24 @@ void for_tiles_back(int64_t M, int64_t T, int64_t scratch, const Sums& sums, int
                 one.d[i] = next, next += sums.N[i] * kMaxV;
                 one.rows[i] = next, next += pitch(sums.K[i]) * kLanes * kMaxV;
             }
-        Tile tile;
-        const int64_t end = vectors(M) * (t + 1) / T;
-        for (int64_t from = vectors(M) * t / T; from < end;) {
-            int64_t count = 0;
-            for (int64_t V; from < end && count < kGroup; from += V, ++count) {
-                V = next_tile(from, end, M, tile);
-                kept[count].pixels = V * kLanes;
-                Vec* lanes = reinterpret_cast<Vec*>(own + sums.size);
-                with_size(V, [&](auto size) { run(size, tile, room, kept[count], lanes); });
+        for (int64_t t = T * worker / workers; t < T * (worker + 1) / workers; ++t) {
+            Tile tile;
+            const int64_t end = vectors(M) * (t + 1) / T;
+            for (int64_t from = vectors(M) * t / T; from < end;) {
+                int64_t count = 0;
+                for (int64_t V; from < end && count < kGroup; from += V, ++count) {
+                    V = next_tile(from, end, M, tile);
+                    kept[count].pixels = V * kLanes;
+                    Vec* lanes = reinterpret_cast<Vec*>(own + sums.size);
+                    with_size(V, [&](auto size) { run(size, tile, room, kept[count], lanes); });
+                }
+                add_weights(sums, kept, count, own);
             }
-            add_weights(sums, kept, count, own);
         }
         std::free(room);
     }
+    finish(sums, all_sums, workers);
+    std::free(all_sums);
 }
 
 }  // namespace
