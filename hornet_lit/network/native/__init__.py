@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -29,14 +30,23 @@ def library(name: str) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler, Path(__file__).with_name(f"{name}.cpp"))))
+        return ctypes.CDLL(str(_builds(compiler)[name].result()))
     except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", "") or str(error)
-        warnings.warn(
-            f"hornet-lit's CPU kernels could not be built, PyTorch's slower ones serve: {detail.strip()[:300]}",
-            stacklevel=2,
-        )
+        _warn(getattr(error, "stderr", "") or str(error))
         return None
+
+
+@functools.cache
+def _builds(compiler: str) -> dict[str, Future[Path]]:
+    """All libraries, built at once: who needs one needs the others next."""
+    with ThreadPoolExecutor() as pool:
+        return {source.stem: pool.submit(_built, compiler, source) for source in Path(__file__).parent.glob("*.cpp")}
+
+
+@functools.cache  # one reason is enough, if they have the same
+def _warn(detail: str) -> None:
+    detail = detail.strip()[:300]
+    warnings.warn(f"hornet-lit's CPU kernels could not be built, PyTorch's slower ones serve: {detail}", stacklevel=3)
 
 
 def _built(compiler: str, source: Path) -> Path:

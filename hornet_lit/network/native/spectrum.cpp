@@ -33,9 +33,7 @@ inline void matrix_columns(const float* m, int64_t N, int64_t K, const Vec* x, i
         constexpr int R = decltype(rows)::value;
         Vec sums[R][V] = {};
         accumulate<Single>(sums, m + n * K, K, x + column, columns, K);
-#pragma GCC unroll 8
         for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
             for (int v = 0; v < V; ++v) emit(n + i, column + v, sums[i][v]);
     };
     int64_t n = 0;

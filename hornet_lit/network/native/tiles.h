@@ -62,7 +62,12 @@ inline Vec load(const uint16_t* from, int64_t lanes) {
 inline void store(Vec v, float* to, int64_t lanes) { store_some(v, to, lanes); }
 inline void store(Vec v, uint16_t* to, int64_t lanes) { store_some(__builtin_convertvector(rounded(v), Half), to, lanes); }
 
+#ifdef __clang__
 #define MIX __builtin_shufflevector
+#else  // gcc knows that only from 12 on
+typedef int32_t Places __attribute__((vector_size(kLanes * sizeof(int32_t))));
+#define MIX(a, b, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
+#endif
 inline void transpose(Vec (&r)[kLanes]) {
     Vec t[kLanes];
     for (int i = 0; i < 16; i += 2) {
@@ -154,10 +159,16 @@ void pack(Vec* tile, int64_t K, int64_t V) {
             tile[k / 2 * V + v] = (Vec)(rounded(tile[k * V + v]) | rounded(tile[(k + 1) * V + v]) << 16);
 }
 
-// sums(i, j) += Σ_k w(i, k) · x(k, j) for R rows of w, ldw apart, and V vectors, ldx apart in k.
+// to(i, j) += Σ_k w(i, k) · x(k, j) for R rows of w, ldw apart, and V vectors, ldx apart in k. Not inlined: the few
+// vectors that pass through memory cost less than it takes to compile all uses.
 template <class Dot, int R, int V>
-inline __attribute__((always_inline)) void accumulate(Vec (&sums)[R][V], const typename Dot::Element* w, int64_t ldw,
-                                                      const Vec* x, int64_t ldx, int64_t K) {
+__attribute__((noinline)) void accumulate(Vec (&to)[R][V], const typename Dot::Element* w, int64_t ldw, const Vec* x,
+                                          int64_t ldx, int64_t K) {
+    Vec sums[R][V];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) sums[i][j] = to[i][j];
     for (int64_t k = 0; k < K / Dot::kDepth; ++k) {
         Vec in[V];
 #pragma GCC unroll 4
@@ -169,6 +180,10 @@ inline __attribute__((always_inline)) void accumulate(Vec (&sums)[R][V], const t
             for (int j = 0; j < V; ++j) Dot::add(sums[i][j], weight, in[j]);
         }
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) to[i][j] = sums[i][j];
 }
 
 // W (N, K) times a tile of K channels: `emit(n, v, sum)` for each of the N × V vectors that come out.
@@ -178,14 +193,11 @@ inline __attribute__((always_inline)) void product(const typename Dot::Element* 
         constexpr int R = decltype(rows)::value;
         Vec sums[R][V] = {};
         accumulate<Dot>(sums, w + n * K, K, x, V, K);
-#pragma GCC unroll 8
         for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
             for (int v = 0; v < V; ++v) emit(n + i, v, sums[i][v]);
     };
     int64_t n = 0;
     for (; n + kR <= N; n += kR) strip(std::integral_constant<int, kR>{}, n);
-    for (; n + 2 <= N; n += 2) strip(std::integral_constant<int, 2>{}, n);
     for (; n < N; ++n) strip(std::integral_constant<int, 1>{}, n);
 }
 
