@@ -12,7 +12,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from hornet_lit.network.filters import Size
-from hornet_lit.network.layers import Recomputing
+from hornet_lit.network.layers import Recomputing, changed
 from hornet_lit.network.pixelwise import MAX_ORDER, gated, norm_linear, usable
 
 FilterFactory = Callable[..., nn.Module]
@@ -68,7 +68,9 @@ class GnConv(Recomputing):
         """``scale ⊙ gnConv(norm(x))``, plus x if ``residual``, in two fused operations and the filter; None where
         those cannot serve."""
         linears = [*self.pws, self.proj_out]
-        if len(linears) > MAX_ORDER or not usable(x_BCHW, norm, self.proj_in, *linears):
+        if type(self).forward is not GnConv.forward or changed(self) or len(linears) > MAX_ORDER:
+            return None
+        if not usable(x_BCHW, norm, self.proj_in, *linears):
             return None
         p_BCHW, q_BQHW = norm_linear(x_BCHW, norm, self.proj_in, self.widths[0])
         return gated(x_BCHW, p_BCHW, self.dwconv(q_BQHW), linears, scale_C, residual=residual)

@@ -21,13 +21,21 @@ def exporting() -> bool:
 
 
 def observed() -> bool:
-    """Whether somebody needs to see PyTorch's own operations: torch.export, torch.jit.trace, a functorch transform, or
-    hooks on all modules (as of `torch.utils.flop_counter`)."""
+    """Whether somebody needs to see PyTorch's own operations: torch.export, torch.jit.trace, a functorch transform,
+    forward derivatives, or hooks on all modules (as of `torch.utils.flop_counter`)."""
     if exporting() or torch.jit.is_tracing():
         return True
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if torch_module._has_any_global_hook():
         return True
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def changed(module: nn.Module) -> bool:
+    """Whether a module has hooks, or a ``forward`` of its own beside its class's."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
 
 
 class ChannelLinear(nn.Linear):

@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from hornet_lit.network import native
-from hornet_lit.network.layers import GELU, ChannelLinear, observed
+from hornet_lit.network.layers import GELU, ChannelLinear, changed, observed
 
 LANES = 16  # pixels of one vector
 MAX_ORDER = 16
@@ -30,8 +30,11 @@ Pointer, Int = ctypes.c_void_p, ctypes.c_int64
 
 
 def usable(x_BCHW: torch.Tensor, *modules: nn.Module) -> bool:
-    """Whether the fused operations may stand for ``modules`` here: nobody can look in between or has changed them."""
-    if x_BCHW.device.type != "cpu" or observed():
+    """Whether the fused operations may stand for ``modules`` here: nobody can look in between or has changed them.
+
+    The first one is the norm over x's channels.
+    """
+    if x_BCHW.device.type != "cpu" or x_BCHW.ndim != 4 or observed():
         return False
     autocast = torch.is_autocast_enabled("cpu")
     pairs = autocast or x_BCHW.dtype == torch.bfloat16
@@ -41,7 +44,9 @@ def usable(x_BCHW: torch.Tensor, *modules: nn.Module) -> bool:
         return False
     if pairs and torch.is_grad_enabled() and (x_BCHW.requires_grad or any(_trained(m) for m in modules)):
         return False  # there are backward kernels for float32 alone
-    return all(_plain(m, x_BCHW.dtype, pairs) for m in modules)
+    if not all(_plain(m, x_BCHW.dtype, pairs) for m in modules):
+        return False
+    return len(modules[0].weight) == x_BCHW.shape[1]  # else the library's own error is the clearest
 
 
 def _trained(module: nn.Module) -> bool:
@@ -49,8 +54,7 @@ def _trained(module: nn.Module) -> bool:
 
 
 def _plain(module: nn.Module, dtype: torch.dtype, pairs: bool) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if type(module) not in PLAIN or hooks:
+    if type(module) not in PLAIN or changed(module):
         return False
     if isinstance(module, nn.GELU):
         return module.approximate == "none"
@@ -421,6 +425,11 @@ def gated(
     Plus x if ``residual``; in any case of x's type. The backward pass keeps p_0 and the gates, and computes the rest
     again.
     """
+    expected = x_BCHW.shape[0], 2 * x_BCHW.shape[1] - p_BPHW.shape[1], *x_BCHW.shape[2:]
+    if gates_BQHW.shape != expected:
+        raise ValueError(
+            f"a filter must keep its map's shape {tuple(expected)}, this one gave {tuple(gates_BQHW.shape)}"
+        )
     scale_C = linears[-1].bias.new_ones(x_BCHW.shape[1]) if scale_C is None else scale_C
     weights, biases = [_weight(m, x_BCHW) for m in linears], [_vector(m.bias) for m in linears]
     gates_BQHW = gates_BQHW.to(p_BPHW.dtype)

@@ -84,7 +84,7 @@ void mlp_forward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T) {
     for_tiles(M, T, 2 * a.C + a.N, [&](auto size, const Tile& t, Vec* scratch) {
         constexpr int V = decltype(size)::value;
         Vec *x = scratch, *y = x + a.C * V, *hidden = y + a.C * V, inverse[V];
-        Vec* kept = a.h ? reinterpret_cast<Vec*>(a.h + t.first * a.N) : nullptr;
+        float* kept = a.h ? a.h + t.first * a.N : nullptr;
         enter<V>(a.x + t.first * a.C, t.rows, a.C, y);
         std::memcpy(x, y, a.C * V * sizeof(Vec));
         standardise<V>(x, a.C, a.norm.eps, inverse);
@@ -92,7 +92,7 @@ void mlp_forward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T) {
         pack<Dot>(x, a.C, V);
         product<V, Dot>(a.w1, a.N, x, a.C, [&](int64_t n, int v, Vec sum) {
             const Vec h = sum + a.b1[n];
-            if (kept) kept[n * V + v] = h;
+            if (kept) store(h, kept + (n * V + v) * kLanes, kLanes);
             hidden[n * V + v] = h * normal_cdf<Dot>(h);
         });
         pack<Dot>(hidden, a.N, V);
@@ -116,13 +116,14 @@ void mlp_backward(const Mlp<float, float>& a, int64_t M, int64_t T, int64_t work
         constexpr int V = decltype(size)::value;
         Vec *x = scratch, *in = x + a.C * V, *dy = in + a.C * V, *dx = dy + a.C * V, inverse[V];
         Vec *dh = kept.d[0], *hidden = kept.d[1];
-        const Vec* h = reinterpret_cast<const Vec*>(a.h + t.first * a.N);
+        const float* kept_h = a.h + t.first * a.N;  // at any address: hooks may have moved what was kept
         enter<V>(a.dy + t.first * a.C, t.rows, a.C, dy);
         turn<V>(dy, a.C, kept.rows[1]);
         scaled<V>(dy, a.C, a.scale, dx);
         product<V>(w2, a.N, dx, a.C, [&](int64_t n, int v, Vec sum) {
-            hidden[n * V + v] = h[n * V + v] * normal_cdf<Single>(h[n * V + v]);
-            dh[n * V + v] = sum * gelu_slope(h[n * V + v]);
+            const Vec h = load(kept_h + (n * V + v) * kLanes, kLanes);
+            hidden[n * V + v] = h * normal_cdf<Single>(h);
+            dh[n * V + v] = sum * gelu_slope(h);
         });
         enter<V>(a.x + t.first * a.C, t.rows, a.C, x);
         standardise<V>(x, a.C, a.norm.eps, inverse);

@@ -1,0 +1,83 @@
+"""What the tests of the fused CPU operations share: blocks, maps, comparisons with float64, which is never fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import nn
+
+from hornet_lit.network import DepthwiseConv, GnConv, HorNet, pixelwise
+from hornet_lit.network.hornet import Block
+
+needs_kernels = pytest.mark.skipif(not pixelwise._built(False), reason="no compiler, or no AVX-512")
+FORWARD = ["linear_forward_f32", "gates_forward_f32", "mlp_forward_f32"]
+M = TypeVar("M", bound=nn.Module)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that were called."""
+    names, run = [], pixelwise._run
+    monkeypatch.setattr(pixelwise, "_run", lambda name, *arguments: names.append(name) or run(name, *arguments))
+    return names
+
+
+@pytest.fixture
+def threads_as_found() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def shaken(module: M) -> M:
+    """No weight at its initial value, so that none drops out of a result."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.1 if p.ndim == 1 else 0.3 * p[0].numel() ** -0.5)
+    return module
+
+
+def small_block(dim: int = 20, order: int = 3, **options) -> Block:
+    torch.manual_seed(0)
+    mixer = partial(GnConv, order=order, filter=partial(DepthwiseConv, kernel_size=3))
+    return shaken(Block(dim, size=(7, 5), **{"mixer": mixer, "ls_init_value": 0.5} | options))
+
+
+def small_network(**options) -> HorNet:
+    torch.manual_seed(0)
+    mixers = [partial(GnConv, order=o, filter=DepthwiseConv) for o in (2, 3)]
+    options = {"depths": (1, 1), "base_dim": 12, "img_size": 16, "num_classes": 5, "ls_init_value": 0.5} | options
+    return shaken(HorNet(mixers=mixers, stem_stride=2, **options))
+
+
+def maps(*shape: int, seed: int = 2) -> torch.Tensor:
+    """A channels-last map of random numbers, always the same."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.contiguous(memory_format=torch.channels_last)
+
+
+def assert_near(ours: torch.Tensor | None, exact: torch.Tensor | None, tolerance: float = 1e-5) -> None:
+    """Up to ``tolerance`` of the largest value."""
+    assert (ours is None) == (exact is None)
+    if ours is not None:
+        assert ours.shape == exact.shape
+        scale = exact.abs().max().item() if exact.numel() else 0.0
+        torch.testing.assert_close(ours.double(), exact.double(), rtol=0, atol=tolerance * scale + 1e-12)
+
+
+def with_gradients(
+    f: Callable, module: nn.Module, *inputs: torch.Tensor, layout: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
+) -> list[torch.Tensor]:
+    """What ``f(*inputs)`` gives, and the gradients of all inputs and parameters for one of ``layout``."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    outputs = f(*leaves)
+    outputs: Sequence[torch.Tensor] = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    generator = torch.Generator().manual_seed(3)
+    grads = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
+    torch.autograd.backward(outputs, [layout(g) for g in grads])
+    return [*(y.detach() for y in outputs), *(t.grad for t in leaves), *(p.grad for p in module.parameters())]
