@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from hornet_lit.network import GnConv
+from hornet_lit.network import GnConv, pixelwise
 from hornet_lit.network.hornet import Block
 from hornet_lit.network.layers import GELU
 from tests.network.conftest import (
@@ -289,3 +289,39 @@ def test_training_with_stochastic_depth(gamma: float | None, recompute: bool, ch
         results.append(with_gradients(network, network, maps(8, 3, 16, 16).to(dtype)))
     for a, b in zip(*results, strict=True):
         assert_near(a, b, 3e-5)
+
+
+@pytest.mark.skipif(not pixelwise._built(True), reason="no compiler, or no products of bfloat16 pairs")
+@pytest.mark.parametrize("mode", ["bf16", "mixed"])
+@pytest.mark.parametrize("dim,order", [(20, 1), (20, 2), (48, 4)])
+def test_bfloat16_errs_no_more_than_the_librarys(
+    dim: int, order: int, mode: str, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, x_BCHW, errors = small_block(dim, order), maps(3, dim, 7, 5), []
+    exact = copy.deepcopy(block).double()(x_BCHW.double())
+
+    def computed() -> torch.Tensor:
+        if mode == "bf16":
+            return copy.deepcopy(block).bfloat16()(x_BCHW.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            return block(x_BCHW)
+
+    for built in (True, False):
+        with monkeypatch.context() as patch, torch.no_grad():
+            if not built:
+                patch.setattr(pixelwise, "_built", lambda pairs: False)
+            y_BCHW = computed()
+        assert y_BCHW.dtype == (torch.bfloat16 if mode == "bf16" else torch.float32)
+        errors.append(float((y_BCHW - exact).norm() / exact.norm()))
+    assert errors[0] < min(1e-2, 1.1 * errors[1]), errors
+    assert ran == [name.replace("f32", mode) for name in FORWARD]
+    computed().sum().backward()
+    assert len(ran) == 3, "there is no way back in bfloat16"
+
+
+def test_odd_channels_have_no_pairs(ran: list[str]) -> None:
+    block, x_BCHW = small_block(6, 2), maps(2, 6, 7, 5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y_BCHW = block(x_BCHW)
+    assert all("mlp" in name for name in ran)  # g_1 has 3 channels in, the MLP 6 and 24
+    assert_near(y_BCHW, block(x_BCHW), 0.03)

@@ -31,6 +31,20 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
+@pytest.fixture(params=["_Filter", "by_products", "by_fft"])
+def only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One form for all sizes, the others gone."""
+    sides = dict.fromkeys((torch.float32, torch.bfloat16), 100)
+    kernel, products = sides if request.param == "_Filter" else {}, sides if request.param == "by_products" else {}
+    if kernel and not spectrum._built():
+        pytest.skip("no compiler, or no AVX-512")
+    monkeypatch.setattr(spectrum, "LONGEST_KERNEL_SIDE", kernel)
+    monkeypatch.setattr(spectrum, "LONGEST_SIDE", {"cpu": products})
+    for other in {"_Filter", "by_products", "by_fft"} - {request.param}:
+        monkeypatch.delattr(spectrum, other)
+    return request.param
+
+
 @pytest.mark.parametrize("height,width", SIZES)
 def test_multiplies_the_spectrum(height: int, width: int) -> None:
     x_BCHW, weight_CHF2 = drawn(height, width)
@@ -40,17 +54,42 @@ def test_multiplies_the_spectrum(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("height,width", SIZES)
-def test_either_form_has_the_same_gradients(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("channels,layout", [(4, torch.channels_last), (20, torch.contiguous_format)])
+def test_each_form_has_the_values_and_gradients_of_the_definition(
+    height: int, width: int, channels: int, layout: torch.memory_format, only: str
+) -> None:
+    torch.manual_seed(0)
+    x_BCHW = torch.randn(3, 2 * channels, height, width).contiguous(memory_format=layout)[:, channels:]
+    weight_CHF2 = torch.randn(channels, height, width // 2 + 1, 2)
+    dy_BCHW = torch.randn(3, channels, height, width)
+    found = []
+    for x, weight in ((x_BCHW, weight_CHF2), (x_BCHW.double(), weight_CHF2.double())):
+        leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        if x.dtype == torch.float32:
+            y = spectrum.filter_spectrum(*leaves)
+        else:
+            spectrum_BCHF = torch.fft.rfft2(leaves[0], norm="ortho") * torch.view_as_complex(leaves[1])
+            y = torch.fft.irfft2(spectrum_BCHF, s=x.shape[-2:], norm="ortho")
+        y.backward(dy_BCHW.to(x.dtype))
+        found.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, exact in zip(*found, strict=True):
+        assert error(ours, exact) < 1e-6
+
+
+def test_the_kernel_is_chosen_where_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not spectrum._built():
+        pytest.skip("no compiler, or no AVX-512")
+    for other in ("by_products", "by_fft"):
+        monkeypatch.delattr(spectrum, other)
+    x_BCHW, weight_CHF2 = (t.requires_grad_() for t in drawn(14, 14))
+    compiled = torch.compile(spectrum.filter_spectrum, backend="aot_eager", fullgraph=True)
     grads = []
-    for longest, other in ((0, "by_products"), (100, "by_fft")):
-        x_BCHW, weight_CHF2 = (t.requires_grad_() for t in drawn(height, width))
-        with monkeypatch.context() as patch:
-            patch.setattr(spectrum, "LONGEST_SIDE", {"cpu": {torch.float32: longest}})
-            patch.delattr(spectrum, other)
-            y_BCHW = spectrum.filter_spectrum(x_BCHW, weight_CHF2)
-        grads.append(torch.autograd.grad(y_BCHW.square().sum(), (x_BCHW, weight_CHF2)))
-    for by_fft, by_products in zip(*grads, strict=True):
-        assert error(by_products, by_fft.double()) < 1e-6
+    for f in (spectrum.filter_spectrum, compiled):
+        grads.append(torch.autograd.grad(f(x_BCHW, weight_CHF2).square().sum(), (x_BCHW, weight_CHF2)))
+    torch.testing.assert_close(*grads)
+    torch.library.opcheck(torch.ops.hornet_lit.global_filter, (x_BCHW.detach(), weight_CHF2.detach()))
+    dy_BCHW = torch.randn(x_BCHW.shape)
+    torch.library.opcheck(torch.ops.hornet_lit.global_filter_backward, (dy_BCHW, x_BCHW.detach(), weight_CHF2.detach()))
 
 
 def test_gradients_of_the_products_by_finite_differences() -> None:
@@ -59,7 +98,7 @@ def test_gradients_of_the_products_by_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("height,width", SIZES)
-def test_bfloat16_errs_by_its_rounding(height: int, width: int) -> None:
+def test_bfloat16_errs_by_its_rounding(height: int, width: int, only: str) -> None:
     x_BCHW, weight_CHF2 = drawn(height, width)
     expected = defined(x_BCHW, weight_CHF2)
     found = spectrum.filter_spectrum(x_BCHW.bfloat16(), weight_CHF2.bfloat16())
@@ -70,6 +109,7 @@ def test_bfloat16_errs_by_its_rounding(height: int, width: int) -> None:
 
 
 def test_matrices_made_without_gradients_serve_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectrum, "LONGEST_KERNEL_SIDE", {})
     monkeypatch.setattr(spectrum, "_products_of", {})
     x_BCHW, weight_CHF2 = drawn(6, 6)
     with torch.inference_mode():
@@ -79,6 +119,7 @@ def test_matrices_made_without_gradients_serve_training(monkeypatch: pytest.Monk
 
 
 def test_tensors_without_data_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectrum, "LONGEST_KERNEL_SIDE", {})
     monkeypatch.setattr(spectrum, "_products_of", {})
     x_BCHW, weight_CHF2 = drawn(6, 6)
     with FakeTensorMode() as mode:
