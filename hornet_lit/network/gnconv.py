@@ -13,7 +13,8 @@ from torch import nn
 
 from hornet_lit.network.filters import Size
 from hornet_lit.network.layers import Recomputing, changed
-from hornet_lit.network.pixelwise import MAX_ORDER, gated, norm_linear, usable
+from hornet_lit.network.native.arguments import MAX_ORDER
+from hornet_lit.network.pixelwise import gated, norm_linear, usable
 
 FilterFactory = Callable[..., nn.Module]
 

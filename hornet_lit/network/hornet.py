@@ -233,8 +233,8 @@ class HorNet(nn.Module):
     def set_recompute(self, enable: bool = True) -> None:
         """Compute what is cheap (gates, GELU, a norm) again in the backward pass: half of the memory (BENCHMARKS.md).
 
-        Without it steps are faster where memory is no concern. No effect under torch.compile, which decides by itself, and
-        where the fused CPU operations run, which keep as little in any case (see `pixelwise`).
+        Without it steps are faster where memory is no concern. No effect under torch.compile, which decides by itself,
+        and where the fused CPU operations run, which keep as little in any case (see `pixelwise`).
         """
         self.recompute = enable
         for i, stage in enumerate(self.stages):

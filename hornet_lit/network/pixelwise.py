@@ -19,14 +19,13 @@ from torch.autograd.function import once_differentiable
 
 from hornet_lit.network import native
 from hornet_lit.network.layers import GELU, ChannelLinear, changed, observed
+from hornet_lit.network.native.arguments import MAX_ORDER, Gates, Int, Linear, Mlp, Norm, Pointer, pointer
 
 LANES = 16  # pixels of one vector
-MAX_ORDER = 16
 MOST_BYTES = (
     2**30
 )  # for all threads' sums in a backward kernel: they bound the threads of wide layers on large machines
 PLAIN = (LayerNorm2d, nn.Conv2d, ChannelLinear, GELU)
-Pointer, Int = ctypes.c_void_p, ctypes.c_int64
 
 
 def usable(x_BCHW: torch.Tensor, *modules: nn.Module) -> bool:
@@ -73,30 +72,6 @@ def _built(pairs: bool) -> bool:
     return hasattr(library, "mlp_forward_bf16" if pairs else "mlp_forward_f32")
 
 
-class _Norm(ctypes.Structure):
-    _fields_ = [("weight", Pointer), ("bias", Pointer), ("eps", ctypes.c_float)]
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = [("x", Pointer), ("K", Int), ("N", Int), ("P", Int), ("norm", _Norm)]
-    _fields_ += [(name, Pointer) for name in ("w", "b", "p", "q", "dx", "dw", "dvectors")]
-
-
-class _Mlp(ctypes.Structure):
-    _fields_ = [("x", Pointer), ("C", Int), ("N", Int), ("norm", _Norm)]
-    _fields_ += [(name, Pointer) for name in ("w1", "b1", "w2", "b2", "scale", "h", "y")]
-    _fields_ += [("residual", Int)]
-    _fields_ += [(name, Pointer) for name in ("dy", "dx", "dw1", "dw2", "dvectors", "dscale")]
-
-
-class _Gates(ctypes.Structure):
-    _fields_ = [("p", Pointer), ("gates", Pointer), ("C", Int), ("order", Int), ("first", Int)]
-    _fields_ += [("w", Pointer * MAX_ORDER), ("b", Pointer * MAX_ORDER)]
-    _fields_ += [(name, Pointer) for name in ("scale", "x", "y", "dy")]
-    _fields_ += [("dp", Pointer), ("dgates", Pointer), ("dw", Pointer * MAX_ORDER)]
-    _fields_ += [("dvectors", Pointer), ("dscale", Pointer)]
-
-
 def _rows(x_BCHW: torch.Tensor) -> torch.Tensor:
     return x_BCHW.permute(0, 2, 3, 1).contiguous()
 
@@ -130,10 +105,6 @@ def _vector(vector: torch.Tensor) -> torch.Tensor:
     return vector.float().contiguous()
 
 
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _workers(weights: Sequence[torch.Tensor], threads: int) -> int:
     """How many threads a backward kernel may give gradients of their own."""
     each = sum(4 * w.shape[0] * (w.shape[1] + LANES) for w in weights)
@@ -155,9 +126,9 @@ def _norm_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, (n, c) = _rows(x_BCHW), weight_NC.shape
     p_BPHW, q_BQHW = (_map_like(x_BCHW, width, weight_NC.dtype) for width in (first, n - first))
-    norm = _Norm(_pointer(norm_weight_C), _pointer(norm_bias_C), eps)
+    norm = Norm(pointer(norm_weight_C), pointer(norm_bias_C), eps)
     pointers = {"x": rows, "w": weight_NC, "b": bias_N, "p": p_BPHW, "q": q_BQHW}
-    arguments = _Linear(K=c, N=n, P=first, norm=norm, **{k: _pointer(t) for k, t in pointers.items()})
+    arguments = Linear(K=c, N=n, P=first, norm=norm, **{k: pointer(t) for k, t in pointers.items()})
     _run(f"linear_forward_{_type(x_BCHW, weight_NC)}", arguments, rows.numel() // c, torch.get_num_threads())
     return p_BPHW, q_BQHW
 
@@ -181,9 +152,9 @@ def _norm_linear_backward(
     rows, (n, c), threads = _rows(x_BCHW), weight_NC.shape, torch.get_num_threads()
     dp, dq, dx_BCHW = _rows(dp_BPHW), _rows(dq_BQHW), _map_like(x_BCHW, c)
     dw_NC, dvectors = torch.empty_like(weight_NC), x_BCHW.new_empty(n + 2 * c)
-    norm = _Norm(_pointer(norm_weight_C), _pointer(norm_bias_C), eps)
+    norm = Norm(pointer(norm_weight_C), pointer(norm_bias_C), eps)
     pointers = {"x": rows, "w": weight_NC, "p": dp, "q": dq, "dx": dx_BCHW, "dw": dw_NC, "dvectors": dvectors}
-    arguments = _Linear(K=c, N=n, P=dp.shape[-1], norm=norm, **{k: _pointer(t) for k, t in pointers.items()})
+    arguments = Linear(K=c, N=n, P=dp.shape[-1], norm=norm, **{k: pointer(t) for k, t in pointers.items()})
     _run("linear_backward_f32", arguments, rows.numel() // c, threads, _workers([weight_NC], threads))
     db_N, dnorm_weight_C, dnorm_bias_C = (v.clone() for v in dvectors.split([n, c, c]))
     return dx_BCHW, dw_NC, db_N, dnorm_weight_C, dnorm_bias_C
@@ -236,12 +207,12 @@ def _norm_mlp(
     rows, (n, c), threads = _rows(x_BCHW), w1_NC.shape, torch.get_num_threads()
     pixels, y_BCHW = rows.numel() // c, _map_like(x_BCHW, c)
     hidden = _hidden(x_BCHW, n, keep)
-    norm = _Norm(_pointer(norm_weight_C), _pointer(norm_bias_C), eps)
+    norm = Norm(pointer(norm_weight_C), pointer(norm_bias_C), eps)
     pointers = {"x": rows, "w1": w1_NC, "b1": b1_N, "w2": w2_CN, "b2": b2_C, "scale": scale_C, "y": y_BCHW}
     if keep:
         hidden[-1] = threads
         pointers["h"] = hidden
-    arguments = _Mlp(C=c, N=n, residual=residual, norm=norm, **{k: _pointer(t) for k, t in pointers.items()})
+    arguments = Mlp(C=c, N=n, residual=residual, norm=norm, **{k: pointer(t) for k, t in pointers.items()})
     _run(f"mlp_forward_{_type(x_BCHW, w1_NC)}", arguments, pixels, threads)
     return y_BCHW, hidden
 
@@ -279,10 +250,10 @@ def _norm_mlp_backward(
     dx_BCHW, threads = _map_like(x_BCHW, c), int(hidden[-1])
     dw1_NC, dw2_CN, dscale_C = torch.empty_like(w1_NC), torch.empty_like(w2_CN), torch.empty_like(scale_C)
     dvectors = x_BCHW.new_empty(n + 3 * c)
-    norm = _Norm(_pointer(norm_weight_C), _pointer(norm_bias_C), eps)
+    norm = Norm(pointer(norm_weight_C), pointer(norm_bias_C), eps)
     pointers = {"x": rows, "w1": w1_NC, "w2": w2_CN, "b2": b2_C, "scale": scale_C, "h": hidden, "dy": dy}
     pointers |= {"dx": dx_BCHW, "dw1": dw1_NC, "dw2": dw2_CN, "dvectors": dvectors, "dscale": dscale_C}
-    arguments = _Mlp(C=c, N=n, residual=residual, norm=norm, **{k: _pointer(t) for k, t in pointers.items()})
+    arguments = Mlp(C=c, N=n, residual=residual, norm=norm, **{k: pointer(t) for k, t in pointers.items()})
     _run("mlp_backward_f32", arguments, rows.numel() // c, threads, _workers([w1_NC, w2_CN], threads))
     db1_N, db2_C, dnorm_weight_C, dnorm_bias_C = (v.clone() for v in dvectors.split([n, c, c, c]))
     return dx_BCHW, dw1_NC, db1_N, dw2_CN, db2_C, dscale_C, dnorm_weight_C, dnorm_bias_C
@@ -342,7 +313,7 @@ def _gates(
     p, gates, x = _rows(p_BPHW), _rows(gates_BQHW), None if x_BCHW is None else _rows(x_BCHW)
     y_BCHW = _map_like(p_BPHW, len(scale_C), dtype)
     arguments = _gates_arguments(p, gates, weights, biases, scale_C)
-    arguments.x, arguments.y = _pointer(x), _pointer(y_BCHW)
+    arguments.x, arguments.y = pointer(x), pointer(y_BCHW)
     _run(f"gates_forward_{_type(y_BCHW, p)}", arguments, p.numel() // p.shape[-1], torch.get_num_threads())
     return y_BCHW
 
@@ -358,11 +329,11 @@ def _gates_arguments(
     weights: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],
     scale_C: torch.Tensor,
-) -> _Gates:
+) -> Gates:
     many = Pointer * MAX_ORDER
-    arguments = _Gates(C=len(scale_C), order=len(weights), first=p.shape[-1], scale=_pointer(scale_C))
-    arguments.p, arguments.gates = _pointer(p), _pointer(gates)
-    arguments.w, arguments.b = many(*map(_pointer, weights)), many(*map(_pointer, biases))
+    arguments = Gates(C=len(scale_C), order=len(weights), first=p.shape[-1], scale=pointer(scale_C))
+    arguments.p, arguments.gates = pointer(p), pointer(gates)
+    arguments.w, arguments.b = many(*map(pointer, weights)), many(*map(pointer, biases))
     return arguments
 
 
@@ -381,9 +352,9 @@ def _gates_backward(
     widths = [len(w) for w in weights]
     dvectors = p.new_empty(sum(widths))
     arguments = _gates_arguments(p, gates, weights, biases, scale_C)
-    arguments.dy, arguments.dp, arguments.dgates = _pointer(dy), _pointer(dp_BPHW), _pointer(dgates_BQHW)
-    arguments.dw = (Pointer * MAX_ORDER)(*map(_pointer, dws))
-    arguments.dvectors, arguments.dscale = _pointer(dvectors), _pointer(dscale_C)
+    arguments.dy, arguments.dp, arguments.dgates = pointer(dy), pointer(dp_BPHW), pointer(dgates_BQHW)
+    arguments.dw = (Pointer * MAX_ORDER)(*map(pointer, dws))
+    arguments.dvectors, arguments.dscale = pointer(dvectors), pointer(dscale_C)
     _run("gates_backward_f32", arguments, p.numel() // p.shape[-1], threads, _workers(weights, threads))
     return dp_BPHW, dgates_BQHW, dws, [db.clone() for db in dvectors.split(widths)], dscale_C
 

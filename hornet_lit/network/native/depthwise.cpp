@@ -100,8 +100,8 @@ void convolves(const float* x, const float* w, const float* bias, float* y, int6
                         Vec weights[K * K];
                         for (int64_t k = 0; k < K * K; ++k) weights[k] = load<Vec>(w + k * C + c, lanes);
                         const Vec start = bias ? load<Vec>(bias + c, lanes) : Vec{};
-                        convolve<K>(packed + m * height * width, weights, start, y + ((b * H + top) * W) * C + c, rows, W,
-                                    C, lanes, width);
+                        float* to = y + ((b * H + top) * W) * C + c;
+                        convolve<K>(packed + m * height * width, weights, start, to, rows, W, C, lanes, width);
                     }
                 }
         std::free(packed);

@@ -8,12 +8,13 @@
 
 #ifdef __AVX512F__
 
-#include "tiles.h"
+#include "sums.h"
 
 namespace {
 
+// out = W·norm(x) + b, its first P channels to p and the rest to q, or from there in the backward kernel.
 template <class X, class Element>
-struct Linear {  // out = W·norm(x) + b, its first P channels to p and the rest to q, or from there in the backward kernel
+struct Linear {
     const X* x;
     int64_t K, N, P;
     Norm norm;
@@ -63,8 +64,9 @@ void linear_backward(const Linear<float, float>& a, int64_t M, int64_t T, int64_
     std::free(turned);
 }
 
+// y = x + scale ⊙ (W₂·GELU(h) + b₂), h = W₁·norm(x) + b₁, kept in tiles if not null; y - x if not residual.
 template <class X, class Element>
-struct Mlp {  // y = x + scale ⊙ (W₂·GELU(h) + b₂), h = W₁·norm(x) + b₁, kept in tiles if not null; y - x if not residual
+struct Mlp {
     const X* x;
     int64_t C, N;
     Norm norm;
@@ -142,8 +144,9 @@ void mlp_backward(const Mlp<float, float>& a, int64_t M, int64_t T, int64_t work
     std::free(turned2);
 }
 
+// z₀ = p ⊙ g₀, z_{k+1} = (W_k·z_k + b_k) ⊙ g_{k+1}; y = x + scale ⊙ (W·z + b), the last w and b; y - x if no x.
 template <class X, class Element>
-struct Gates {  // z₀ = p ⊙ g₀, z_{k+1} = (W_k·z_k + b_k) ⊙ g_{k+1}; y = x + scale ⊙ (W·z + b), the last w and b; y - x if no x
+struct Gates {
     const Element *p, *gates;
     int64_t C, order, first;  // first: width of p
     const Element* w[kMaxOrder];
@@ -168,7 +171,8 @@ void gates_forward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t 
         for (int64_t width = a.first; k + 1 < a.order; ++k, width *= 2) {
             Vec* next = z + width * V;
             const float* b = a.b[k];
-            product<V, Dot>(a.w[k], 2 * width, z, width, [&](int64_t n, int v, Vec sum) { next[n * V + v] *= sum + b[n]; });
+            const auto gate = [&](int64_t n, int v, Vec sum) { next[n * V + v] *= sum + b[n]; };
+            product<V, Dot>(a.w[k], 2 * width, z, width, gate);
             pack<Dot>(next, 2 * width, V);
             z = next;
         }
@@ -194,7 +198,8 @@ void gates_backward(const Gates<float, float>& a, int64_t M, int64_t T, int64_t 
     }
     const auto weight = [&](int64_t k) { return reinterpret_cast<const float*>(turned[k]); };
     sums.elements = 3 * a.C - 2 * a.first, sums.vectors_to = a.dvectors;
-    sums.w = a.w[last], sums.b = a.b[last], sums.scale = a.scale, sums.bias = 2 * (a.C - a.first), sums.dscale = a.dscale;
+    sums.w = a.w[last], sums.b = a.b[last], sums.scale = a.scale;
+    sums.bias = 2 * (a.C - a.first), sums.dscale = a.dscale;
     const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept& kept, Vec* lanes) {
         constexpr int V = decltype(size)::value;
         // Of z, of the gates g, and of the products u that they multiply, order k begins where its width - first is.

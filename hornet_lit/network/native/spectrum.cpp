@@ -1,8 +1,8 @@
-// The global filter (HorNet §3.3): real 2-d DFT of each channel, a complex weight for each of its numbers, and back; and
-// the way back through all that. The DFT is four products with its matrices, each from the left.
+// The global filter (HorNet §3.3): real 2-d DFT of each channel, a complex weight for each of its numbers, and back;
+// and the way back through all that. The DFT is four products with its matrices, each from the left.
 //
-// Sixteen channels are one vector, and a map's side a dozen pixels or two: what one vector of channels of one image needs
-// lies in the first- or second-level cache from the first product to the last.
+// Sixteen channels are one vector, and a map's side a dozen pixels or two: what one vector of channels of one image
+// needs lies in the first- or second-level cache from the first product to the last.
 //
 // B batch, C channels, H height, W width, F = W / 2 + 1 columns of a spectrum, G = 2F and L = 2H: real and imaginary
 // parts as rows of their own, G by part and column, L by row and part.
@@ -28,7 +28,8 @@ struct Filter {
 
 // emit(n, column, sum) for each element of m (N, K) times x (K, columns).
 template <int V, class Emit>
-inline void matrix_columns(const float* m, int64_t N, int64_t K, const Vec* x, int64_t columns, int64_t column, Emit emit) {
+inline void matrix_columns(const float* m, int64_t N, int64_t K, const Vec* x, int64_t columns, int64_t column,
+                           Emit emit) {
     const auto strip = [&](auto rows, int64_t n) __attribute__((always_inline)) {
         constexpr int R = decltype(rows)::value;
         Vec sums[R][V] = {};
@@ -45,7 +46,8 @@ inline void matrix_columns(const float* m, int64_t N, int64_t K, const Vec* x, i
 template <class Emit>
 inline void matrix(const float* m, int64_t N, int64_t K, const Vec* x, int64_t columns, Emit emit) {
     int64_t column = 0;
-    for (; column + 3 <= columns && columns - column != 4; column += 3) matrix_columns<3>(m, N, K, x, columns, column, emit);
+    for (; column + 3 <= columns && column + 4 != columns; column += 3)
+        matrix_columns<3>(m, N, K, x, columns, column, emit);
     for (; column + 2 <= columns; column += 2) matrix_columns<2>(m, N, K, x, columns, column, emit);
     for (; column < columns; ++column) matrix_columns<1>(m, N, K, x, columns, column, emit);
 }

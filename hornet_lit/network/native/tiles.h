@@ -69,7 +69,9 @@ inline Vec load(const uint16_t* from, int64_t lanes) {
     return (Vec)(__builtin_convertvector(load_some<Half>(from, lanes), Bits) << 16);
 }
 inline void store(Vec v, float* to, int64_t lanes) { store_some(v, to, lanes); }
-inline void store(Vec v, uint16_t* to, int64_t lanes) { store_some(__builtin_convertvector(rounded(v), Half), to, lanes); }
+inline void store(Vec v, uint16_t* to, int64_t lanes) {
+    store_some(__builtin_convertvector(rounded(v), Half), to, lanes);
+}
 
 #ifdef __clang__
 #define MIX __builtin_shufflevector
@@ -88,7 +90,8 @@ inline void transpose(Vec (&r)[kLanes]) {
             r[i + 2 * j] = MIX(t[i + j], t[i + 2 + j], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
             r[i + 2 * j + 1] = MIX(t[i + j], t[i + 2 + j], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
         }
-    for (int c = 0; c < 4; ++c) {  // r[4g + c] holds, four lanes at a time, rows 4g … 4g + 3 of columns c, 4 + c, 8 + c, 12 + c
+    // Now r[4g + c] holds, four lanes at a time, rows 4g … 4g + 3 of columns c, 4 + c, 8 + c, 12 + c.
+    for (int c = 0; c < 4; ++c) {
         Vec half[4];
         for (int j = 0; j < 2; ++j) {
             const Vec a = r[8 * j + c], b = r[8 * j + 4 + c];
@@ -110,7 +113,8 @@ void enter(const T* x, int64_t rows, int64_t C, Vec* tile) {
     for (int64_t v = 0; v < V; ++v)
         for (int64_t c = 0; c < C; c += kLanes) {
             Vec r[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i) r[i] = v * kLanes + i < rows ? load(x + (v * kLanes + i) * C + c, C - c) : Vec{};
+            for (int64_t i = 0; i < kLanes; ++i)
+                r[i] = v * kLanes + i < rows ? load(x + (v * kLanes + i) * C + c, C - c) : Vec{};
             transpose(r);
             for (int64_t i = 0; i < kLanes && c + i < C; ++i) tile[(c + i) * V + v] = r[i];
         }
@@ -127,15 +131,6 @@ void leave(const Vec* tile, int64_t rows, int64_t C, T* x, int64_t stride) {
             for (int64_t i = 0; i < kLanes && v * kLanes + i < rows; ++i)
                 store(r[i], x + (v * kLanes + i) * stride + c, stride > C ? kLanes : C - c);
         }
-}
-
-// Vectors from row to row of turned tiles: an odd number, or all rows would share a few sets of the first-level cache.
-inline int64_t pitch(int64_t C) { return vectors(C) | 1; }
-
-// A tile as rows of whole vectors, for sums over pixels.
-template <int V>
-void turn(const Vec* tile, int64_t C, Vec* rows) {
-    leave<V>(tile, V * kLanes, C, reinterpret_cast<float*>(rows), pitch(C) * kLanes);
 }
 
 // What a product multiplies: float, or pairs of bfloat16 that lie in one lane, with sums in float.
@@ -197,7 +192,8 @@ __attribute__((noinline)) void accumulate(Vec (&to)[R][V], const typename Dot::E
 
 // W (N, K) times a tile of K channels: `emit(n, v, sum)` for each of the N × V vectors that come out.
 template <int V, class Dot = Single, class Emit>
-inline __attribute__((always_inline)) void product(const typename Dot::Element* w, int64_t N, const Vec* x, int64_t K, Emit emit) {
+inline __attribute__((always_inline)) void product(const typename Dot::Element* w, int64_t N, const Vec* x, int64_t K,
+                                                   Emit emit) {
     const auto strip = [&](auto rows, int64_t n) __attribute__((always_inline)) {
         constexpr int R = decltype(rows)::value;
         Vec sums[R][V] = {};
@@ -210,70 +206,7 @@ inline __attribute__((always_inline)) void product(const typename Dot::Element* 
     for (; n < N; ++n) strip(std::integral_constant<int, 1>{}, n);
 }
 
-// The gradients that a backward kernel adds up over pixels, each thread on its own: of weights, Σ over pixels of
-// d(n, pixel) · x(pixel, k), each (N, vectors(K) · 16); behind them 16 lanes for each element of vectors. d and x are
-// kept for a group of tiles, so that the sums, which fill the caches, are read and written less often.
-struct Sums {
-    int count = 0;
-    int64_t N[kMaxOrder], K[kMaxOrder], size = 0;  // of floats
-    float* weights[kMaxOrder];                     // where they go in the end, (N, K)
-    void add(int64_t n, int64_t k, float* weight) {
-        N[count] = n, K[count] = k, weights[count++] = weight, size += n * vectors(k) * kLanes;
-    }
-    int64_t elements = 0;  // of all vectors, and where they go
-    float* vectors_to = nullptr;
-    // The last weight is that of scale ⊙ (W·x + b) and summed up turned, (K, N) for W (N, K), as if scale were 1; so is b,
-    // from element `bias` on. Then scale's gradient, Σ d ⊙ (W·x + b), is W's rows times their sums, and b times its.
-    const float *w = nullptr, *b, *scale;
-    int64_t bias;
-    float* dscale;
-    int64_t share() const { return size + elements * kLanes; }
-};
-
-struct Kept {  // of one tile
-    Vec *d[kMaxOrder], *rows[kMaxOrder];
-    int64_t pixels;
-};
-
-template <int R, int V>
-void add_outer(const Kept* tiles, int64_t count, int i, int64_t n, int64_t k, int64_t width, Vec* to) {
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) __builtin_prefetch(to + (n + r) * width + k + v, 1);
-    Vec sums[R][V] = {};
-    for (int64_t t = 0; t < count; ++t) {
-        const int64_t pixels = tiles[t].pixels;
-        const float* d = reinterpret_cast<const float*>(tiles[t].d[i]) + n * pixels;
-        accumulate<Single>(sums, d, pixels, tiles[t].rows[i] + k, width | 1, pixels);
-    }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) to[(n + r) * width + k + v] += sums[r][v];
-}
-
-template <int R>
-void add_rows(const Kept* tiles, int64_t count, int i, int64_t n, int64_t width, Vec* to) {
-    for (int64_t k = 0; k < width;) {
-        const int64_t left = width - k;
-        if (left == 1) {
-            add_outer<R, 1>(tiles, count, i, n, k, width, to), k += 1;
-        } else if (left == 2 || left == 4) {
-            add_outer<R, 2>(tiles, count, i, n, k, width, to), k += 2;
-        } else {
-            add_outer<R, 3>(tiles, count, i, n, k, width, to), k += 3;
-        }
-    }
-}
-
-void add_weights(const Sums& sums, const Kept* tiles, int64_t count, float* to) {
-    for (int i = 0; i < sums.count; ++i) {
-        const int64_t N = sums.N[i], width = vectors(sums.K[i]);
-        int64_t n = 0;
-        for (; n + kR <= N; n += kR) add_rows<kR>(tiles, count, i, n, width, reinterpret_cast<Vec*>(to));
-        for (; n < N; ++n) add_rows<1>(tiles, count, i, n, width, reinterpret_cast<Vec*>(to));
-        to += N * width * kLanes;
-    }
-}
-
-// 1/2 plus an odd polynomial of x, with least maximum error (by scipy's erf in double) over |x| ≤ limit; 0 and 1 beyond.
+// 1/2 plus an odd polynomial of x, of least maximum error (by scipy's erf in double) over |x| ≤ limit; 0 and 1 beyond.
 template <int Terms>
 inline Vec step(Vec x, const float (&c)[Terms], float limit) {
     const Vec u = multiplied_added(x * x, all(2 / (limit * limit)), all(-1));
@@ -288,7 +221,10 @@ inline Vec step(Vec x, const float (&c)[Terms], float limit) {
 // Φ(x), and the derivative of x·Φ(x): off by at most 1.5e-7 and 4e-7 when evaluated in float.
 template <class Dot>
 inline Vec normal_cdf(Vec x) {
-    constexpr float rough[] = {0.147212687f, -0.0729836462f, 0.0529129214f, -0.0404956352f, 0.0306099129f, -0.0225166048f, 0.0143100154f, -0.00689066354f, 0.00470257354f, -0.00449646763f, 0.00180179785f};  // 2e-6, enough for bfloat16
+    // Off by 2e-6, little beside the rounding to bfloat16.
+    constexpr float rough[] = {0.147212687f,  -0.0729836462f,  0.0529129214f,  -0.0404956352f,
+                               0.0306099129f, -0.0225166048f,  0.0143100154f,  -0.00689066354f,
+                               0.00470257354f, -0.00449646763f, 0.00180179785f};
     if (Dot::kDepth == 2) return step(x, rough, 4.8f);
     constexpr float c[] = {0.130928113f,    -0.0653280549f,  0.0484995915f,  -0.039206813f,   0.0321165952f,
                            -0.0257464572f,  0.0196451441f,   -0.0139633199f, 0.00965119602f,  -0.00671533878f,
@@ -296,9 +232,10 @@ inline Vec normal_cdf(Vec x) {
     return step(x, c, 5.4f);
 }
 inline Vec gelu_slope(Vec x) {
-    constexpr float c[] = {0.126416642f,  -0.0642823051f, 0.0518079604f,  -0.050972425f,   0.0566848785f, -0.0648823016f,
-                           0.0716295838f, -0.0737511776f, 0.0666107266f,  -0.0516532671f,  0.0426603217f, -0.0381617706f,
-                           0.0204231409f, -0.00259530939f, 0.0041846045f, -0.00800063844f, 0.00316712128f};
+    constexpr float c[] = {0.126416642f,   -0.0642823051f,  0.0518079604f, -0.050972425f,   0.0566848785f,
+                           -0.0648823016f, 0.0716295838f,   -0.0737511776f, 0.0666107266f,  -0.0516532671f,
+                           0.0426603217f,  -0.0381617706f,  0.0204231409f, -0.00259530939f, 0.0041846045f,
+                           -0.00800063844f, 0.00316712128f};
     return step(x, c, 5.6f);
 }
 
@@ -351,7 +288,8 @@ void scaled(const Vec* x, int64_t C, const float* scale, Vec* y) {
 
 // From the gradient of a LayerNorm's output to that of its input, in place; adds to the sums of its two vectors.
 template <int V>
-void norm_back(Vec* d, const Vec* x, const Vec* inverse, int64_t C, const Norm& norm, Vec* weight_sums, Vec* bias_sums) {
+void norm_back(Vec* d, const Vec* x, const Vec* inverse, int64_t C, const Norm& norm, Vec* weight_sums,
+               Vec* bias_sums) {
     Vec mean[V], along[V];
     for (int64_t c = 0; c < C; ++c)
         for (int v = 0; v < V; ++v) {
@@ -368,12 +306,6 @@ void norm_back(Vec* d, const Vec* x, const Vec* inverse, int64_t C, const Norm& 
             Vec& g = d[c * V + v];
             g = inverse[v] * (g - mean[v] - x[c * V + v] * along[v]);
         }
-}
-
-template <int V>
-void add_lanes(const Vec* d, int64_t N, Vec* lanes) {
-    for (int64_t n = 0; n < N; ++n)
-        for (int64_t v = 0; v < V; ++v) lanes[n] += d[n * V + v];
 }
 
 struct Tile {
@@ -396,7 +328,9 @@ inline int64_t next_tile(int64_t from, int64_t end, int64_t M, Tile& tile) {
     return V;
 }
 
-inline Vec* allocated(int64_t vectors) { return static_cast<Vec*>(std::aligned_alloc(sizeof(Vec), vectors * sizeof(Vec))); }
+inline Vec* allocated(int64_t vectors) {
+    return static_cast<Vec*>(std::aligned_alloc(sizeof(Vec), vectors * sizeof(Vec)));
+}
 
 // Shares M pixels among T threads, and each thread's among tiles: run(V, tile, scratch) with `scratch` vectors for each
 // of V, an integral_constant.
@@ -413,114 +347,6 @@ void for_tiles(int64_t M, int64_t T, int64_t scratch, Run run) {
         }
         std::free(room);
     }
-}
-
-// w (N, K) to (K, N).
-inline Vec* turned_weight(const float* w, int64_t N, int64_t K, int64_t T) {
-    float* to = reinterpret_cast<float*>(allocated(vectors(N * K)));
-#pragma omp parallel for num_threads(T) schedule(static)
-    for (int64_t n = 0; n < N; n += kLanes)
-        for (int64_t k = 0; k < K; k += kLanes) {
-            Vec r[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i) r[i] = n + i < N ? load(w + (n + i) * K + k, K - k) : Vec{};
-            transpose(r);
-            for (int64_t i = 0; i < kLanes && k + i < K; ++i) store(r[i], to + (k + i) * N + n, N - n);
-        }
-    return reinterpret_cast<Vec*>(to);
-}
-
-inline Vec summed(const float* from, int64_t share, int64_t T) {
-    Vec sum = {};
-    for (int64_t t = 0; t < T; ++t) sum += load(from + t * share, kLanes);
-    return sum;
-}
-
-inline float across(Vec v) {
-    float sum = 0;
-    for (int64_t l = 0; l < kLanes; ++l) sum += v[l];
-    return sum;
-}
-
-// All threads' sums to where they go.
-inline void finish(const Sums& s, const float* from, int64_t T) {
-    const int64_t share = s.share(), last = s.count - 1;
-#pragma omp parallel num_threads(T)
-    {
-        const float* at = from;
-        for (int i = 0; i < s.count; ++i) {
-            const int64_t N = s.N[i], K = s.K[i], width = vectors(K) * kLanes;
-            if (i < last || !s.w) {
-#pragma omp for schedule(static) nowait
-                for (int64_t n = 0; n < N; ++n)
-                    for (int64_t k = 0; k < K; k += kLanes)
-                        store(summed(at + n * width + k, share, T), s.weights[i] + n * K + k, K - k);
-            }
-            at += N * width;
-        }
-#pragma omp for schedule(static)
-        for (int64_t e = 0; e < s.elements; ++e) s.vectors_to[e] = across(summed(at + e * kLanes, share, T));
-        if (s.w) {
-            const int64_t N = s.N[last], K = s.K[last], width = vectors(K) * kLanes;  // of W: its columns, its rows
-            at -= N * width;
-#pragma omp for schedule(static)
-            for (int64_t k = 0; k < K; k += kLanes) {
-                Vec along[kLanes] = {};
-                for (int64_t n = 0; n < N; n += kLanes) {
-                    Vec r[kLanes];
-                    for (int64_t i = 0; i < kLanes; ++i) r[i] = n + i < N ? summed(at + (n + i) * width + k, share, T) : Vec{};
-                    transpose(r);
-                    for (int64_t i = 0; i < kLanes && k + i < K; ++i) {
-                        along[i] += r[i] * load(s.w + (k + i) * N + n, N - n);
-                        store(r[i] * s.scale[k + i], s.weights[last] + (k + i) * N + n, N - n);
-                    }
-                }
-                for (int64_t i = 0; i < kLanes && k + i < K; ++i) {
-                    float& bias = s.vectors_to[s.bias + k + i];
-                    s.dscale[k + i] = across(along[i]) + bias * s.b[k + i];
-                    bias *= s.scale[k + i];
-                }
-            }
-        }
-    }
-}
-
-// The same for backward kernels: run(V, tile, scratch, kept, lanes) fills what is kept for the weights' sums, and adds to
-// the lanes of the vectors'. The pixels are shared as among T threads, but only `workers` have sums of their own.
-template <class Run>
-void for_tiles_back(int64_t M, int64_t T, int64_t workers, int64_t scratch, const Sums& sums, Run run) {
-    const int64_t share = sums.share();
-    int64_t each = 0;
-    for (int i = 0; i < sums.count; ++i) each += (sums.N[i] + pitch(sums.K[i]) * kLanes) * kMaxV;
-    float* all_sums = reinterpret_cast<float*>(allocated(workers * vectors(share)));
-#pragma omp parallel for num_threads(workers) schedule(static)
-    for (int64_t worker = 0; worker < workers; ++worker) {
-        float* own = all_sums + worker * share;
-        std::memset(own, 0, share * sizeof(float));
-        Vec *room = allocated(scratch * kMaxV + each * kGroup), *next = room + scratch * kMaxV;
-        Kept kept[kGroup];
-        for (Kept& one : kept)
-            for (int i = 0; i < sums.count; ++i) {
-                one.d[i] = next, next += sums.N[i] * kMaxV;
-                one.rows[i] = next, next += pitch(sums.K[i]) * kLanes * kMaxV;
-            }
-        for (int64_t t = T * worker / workers; t < T * (worker + 1) / workers; ++t) {
-            Tile tile;
-            const int64_t end = vectors(M) * (t + 1) / T;
-            for (int64_t from = vectors(M) * t / T; from < end;) {
-                int64_t count = 0;
-                for (int64_t V; from < end && count < kGroup; from += V, ++count) {
-                    V = next_tile(from, end, M, tile);
-                    kept[count].pixels = V * kLanes;
-                    Vec* lanes = reinterpret_cast<Vec*>(own + sums.size);
-                    with_size(V, [&](auto size) { run(size, tile, room, kept[count], lanes); });
-                }
-                add_weights(sums, kept, count, own);
-            }
-        }
-        std::free(room);
-    }
-    finish(sums, all_sums, workers);
-    std::free(all_sums);
 }
 
 }  // namespace
