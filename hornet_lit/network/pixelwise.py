@@ -77,9 +77,10 @@ def _rows(x_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 def _map_like(x_BCHW: torch.Tensor, channels: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An empty channels-last map of x's batch and size."""
-    b, _, h, w = x_BCHW.shape
-    return x_BCHW.new_empty((b, h, w, channels), dtype=dtype).permute(0, 3, 1, 2)
+    """An empty channels-last map of x's batch and size; no view, of which FSDP2 would warn."""
+    size = x_BCHW.shape[0], channels, *x_BCHW.shape[2:]
+    dtype = dtype or x_BCHW.dtype
+    return torch.empty(size, dtype=dtype, device=x_BCHW.device, memory_format=torch.channels_last)
 
 
 def _run(name: str, arguments: ctypes.Structure, *sizes: int) -> None:

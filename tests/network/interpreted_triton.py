@@ -40,7 +40,7 @@ def main() -> None:
     depthwise.TRITON_DEVICE, depthwise.TRITON = "cpu", frozenset({"forward", "weight_grad"})
     assert type(triton_depthwise.convolve_kernel).__name__ == "InterpretedFunction"
     for dtype, tolerance in TOLERANCES.items():
-        for (b, c, h, w), k in CASES:
+        for (b, c, h, w), k in CASES if dtype == torch.float32 else CASES[:2]:
             torch.manual_seed(0)
             x, grad = (torch.randn(b, c, h, w).to(dtype) for _ in range(2))
             if h == 9:  # as gnConv's q: some of the channels of a channels-last map

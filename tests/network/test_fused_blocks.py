@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from hornet_lit.network import GnConv, pixelwise
+from hornet_lit.network import GnConv, native, pixelwise
 from hornet_lit.network.hornet import Block
 from hornet_lit.network.layers import GELU
 from tests.network.conftest import (
@@ -205,16 +201,16 @@ def test_functional_calls_vmap_and_forward_derivatives() -> None:
         assert_near(torch.autograd.forward_ad.unpack_dual(dual).tangent, exact)
 
 
-def test_switched_off(tmp_path: Path) -> None:
-    code = (
-        "import sys, torch; from tests.network.conftest import *;"
-        "torch.save((pixelwise._built(False), small_block()(maps(2, 20, 7, 5)).detach()), sys.argv[1])"
-    )
-    environment = os.environ | {"HORNET_LIT_NATIVE": "0"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "output.pt")], check=True, env=environment)
-    built, y_BCHW = torch.load(tmp_path / "output.pt")
-    assert not built
-    assert_near(y_BCHW, small_block()(maps(2, 20, 7, 5)))
+def test_switched_off(monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
+    fused = small_block()(maps(2, 20, 7, 5))
+    ran.clear()
+    monkeypatch.setenv("HORNET_LIT_NATIVE", "0")
+    native.library.cache_clear()
+    try:
+        assert_near(small_block()(maps(2, 20, 7, 5)), fused)
+        assert not pixelwise._built(False) and not ran
+    finally:
+        native.library.cache_clear()
 
 
 @needs_kernels
@@ -312,7 +308,7 @@ def test_bfloat16_errs_no_more_than_the_librarys(
                 patch.setattr(pixelwise, "_built", lambda pairs: False)
             y_BCHW = computed()
         assert y_BCHW.dtype == (torch.bfloat16 if mode == "bf16" else torch.float32)
-        errors.append(float((y_BCHW - exact).norm() / exact.norm()))
+        errors.append(((y_BCHW - exact).norm() / exact.norm()).item())
     assert errors[0] < min(1e-2, 1.1 * errors[1]), errors
     assert ran == [name.replace("f32", mode) for name in FORWARD]
     computed().sum().backward()
