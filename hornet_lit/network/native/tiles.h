@@ -12,7 +12,6 @@
 
 #include <immintrin.h>
 
-#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -263,8 +262,7 @@ void standardise(Vec* x, int64_t C, float eps, Vec* inverse) {
         x[c * V + v] -= rest[v];
         return x[c * V + v] * x[c * V + v];
     });
-    for (int v = 0; v < V; ++v)
-        for (int64_t l = 0; l < kLanes; ++l) inverse[v][l] = 1 / std::sqrt(square[v][l] / C + eps);
+    for (int v = 0; v < V; ++v) inverse[v] = 1 / (Vec)_mm512_sqrt_ps((__m512)(square[v] / float(C) + eps));
     for (int64_t c = 0; c < C; ++c)
         for (int v = 0; v < V; ++v) x[c * V + v] *= inverse[v];
 }
