@@ -61,7 +61,9 @@ def _plain(module: nn.Module, dtype: torch.dtype, pairs: bool) -> bool:
         size = module.kernel_size, module.stride, module.padding, module.groups
         if size != ((1, 1), (1, 1), (0, 0), 1):
             return False
-    if module.bias is None or (pairs and module.weight.ndim > 1 and module.weight.shape[1] % 2):
+    if module.bias is None or module.bias.shape != module.weight.shape[:1]:
+        return False
+    if module.weight.ndim > 1 and pairs and module.weight.shape[1] % 2:
         return False
     return all(type(p) in (torch.Tensor, nn.Parameter) and p.dtype == dtype for p in (module.weight, module.bias))
 
@@ -98,12 +100,24 @@ def _weights_type(x_BCHW: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BCHW.dtype
 
 
-def _weight(linear: nn.Conv2d | nn.Linear, x_BCHW: torch.Tensor) -> torch.Tensor:
-    return linear.weight.flatten(1).to(_weights_type(x_BCHW)).contiguous()
+def _weight(linear: nn.Conv2d | nn.Linear, x_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    weight_NK = linear.weight.flatten(1)
+    if tuple(weight_NK.shape) != size:
+        raise ValueError(f"a layer of {size[1]} channels in and {size[0]} out belongs here, not {linear}")
+    return weight_NK.to(_weights_type(x_BCHW)).contiguous()
 
 
 def _vector(vector: torch.Tensor) -> torch.Tensor:
     return vector.float().contiguous()
+
+
+def _scale(scale_C: torch.Tensor | None, x_BCHW: torch.Tensor) -> torch.Tensor:
+    channels = x_BCHW.shape[1]
+    if scale_C is None:
+        return x_BCHW.new_ones(channels, dtype=torch.float32)
+    if tuple(scale_C.shape) != (channels,):
+        raise ValueError(f"a scale of {tuple(scale_C.shape)} does not fit {channels} channels")
+    return _vector(scale_C)
 
 
 def _workers(weights: Sequence[torch.Tensor], threads: int) -> int:
@@ -185,7 +199,8 @@ def norm_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``linear(norm(x))``, its first ``first`` channels and the rest, as maps of their own."""
     vectors = map(_vector, (linear.bias, norm.weight, norm.bias))
-    return _NormLinear.apply(x_BCHW, _weight(linear, x_BCHW), *vectors, norm.eps, first)
+    weight_NC = _weight(linear, x_BCHW, (len(linear.weight), x_BCHW.shape[1]))
+    return _NormLinear.apply(x_BCHW, weight_NC, *vectors, norm.eps, first)
 
 
 # LayerNorm, MLP and residual.
@@ -290,9 +305,10 @@ def norm_mlp(
     residual: bool,
 ) -> torch.Tensor:
     """``scale ⊙ down(GELU(up(norm(x))))``, plus x if ``residual``. The backward pass keeps x and up's output."""
-    scale_C = norm.weight.new_ones(x_BCHW.shape[1]) if scale_C is None else scale_C
-    b1_N, *vectors = map(_vector, (up.bias, down.bias, scale_C, norm.weight, norm.bias))
-    tensors = x_BCHW, _weight(up, x_BCHW), b1_N, _weight(down, x_BCHW), *vectors
+    n, c = len(up.weight), x_BCHW.shape[1]
+    w1_NC, w2_CN = _weight(up, x_BCHW, (n, c)), _weight(down, x_BCHW, (c, n))
+    b1_N, b2_C, *norms = map(_vector, (up.bias, down.bias, norm.weight, norm.bias))
+    tensors = x_BCHW, w1_NC, b1_N, w2_CN, b2_C, _scale(scale_C, x_BCHW), *norms
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _NormMlp.apply(*tensors, norm.eps, residual)
     return _norm_mlp(*tensors, norm.eps, residual, False)[0]
@@ -402,9 +418,11 @@ def gated(
         raise ValueError(
             f"a filter must keep its map's shape {tuple(expected)}, this one gave {tuple(gates_BQHW.shape)}"
         )
-    scale_C = linears[-1].bias.new_ones(x_BCHW.shape[1]) if scale_C is None else scale_C
-    weights, biases = [_weight(m, x_BCHW) for m in linears], [_vector(m.bias) for m in linears]
+    widths = [p_BPHW.shape[1] << k for k in range(len(linears))]
+    sizes = [*zip(widths[1:], widths[:-1], strict=True), (x_BCHW.shape[1], widths[-1])]
+    weights = [_weight(m, x_BCHW, size) for m, size in zip(linears, sizes, strict=True)]
+    biases = [_vector(m.bias) for m in linears]
     gates_BQHW = gates_BQHW.to(p_BPHW.dtype)
     return _Gated.apply(
-        p_BPHW, gates_BQHW, _vector(scale_C), x_BCHW if residual else None, x_BCHW.dtype, *weights, *biases
+        p_BPHW, gates_BQHW, _scale(scale_C, x_BCHW), x_BCHW if residual else None, x_BCHW.dtype, *weights, *biases
     )

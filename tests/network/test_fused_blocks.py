@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hornet_lit.network import GnConv, native, pixelwise
 from hornet_lit.network.hornet import Block
-from hornet_lit.network.layers import GELU
+from hornet_lit.network.layers import GELU, ChannelLinear
 from tests.network.conftest import (
     FORWARD,
     assert_near,
@@ -156,6 +156,26 @@ def test_maps_that_do_not_fit_are_errors_and_not_read() -> None:
         block.gnconv.dwconv = other
         with pytest.raises((RuntimeError, ValueError, AssertionError), match=r"shape|size"):
             block(maps(2, 20, 7, 5))
+
+
+@pytest.mark.parametrize(
+    "path,make",
+    [
+        ("pwconv2", lambda _: ChannelLinear(90, 20)),
+        ("pwconv1", lambda _: ChannelLinear(21, 80)),
+        ("gnconv.proj_in", lambda _: nn.Conv2d(20, 44, 1)),
+        ("gnconv.pws.0", lambda _: nn.Conv2d(5, 8, 1)),
+        ("gnconv.proj_out", lambda _: nn.Conv2d(30, 20, 1)),
+        ("gamma1", lambda _: nn.Parameter(torch.ones(19))),
+        ("gamma2", lambda _: nn.Parameter(torch.ones(1, 20))),
+        ("norm2.bias", lambda _: nn.Parameter(torch.ones(19))),
+    ],
+)
+def test_layers_that_do_not_fit_are_errors_and_not_read(path: str, make: Callable) -> None:
+    block = small_block()
+    replaced(path, make)(block)
+    with pytest.raises((RuntimeError, ValueError), match=r"channels|fit|shape|size"):
+        block(maps(2, 20, 7, 5))
 
 
 def test_autocast() -> None:
