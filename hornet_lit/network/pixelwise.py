@@ -1,8 +1,8 @@
 """What HorNet does within a pixel, in three fused CPU operations, forward and backward: LayerNorm and a linear layer;
 gnConv's gated interactions and output projection; LayerNorm, MLP and residual.
 
-They run in C++ (native/pixelwise.cpp) where that could be built and the processor has AVX-512, on float32; elsewhere
-`usable` says no, and the caller computes the same with PyTorch's own operations.
+They run in C++ (native/pixelwise.cpp) where that could be built and the processor has AVX-512: in float32, and forward
+in bfloat16 too. Elsewhere `usable` says no, and the caller computes the same with PyTorch's own operations.
 
 Shapes: B batch, C channels, H height, W width, N hidden channels, P channels of gnConv's p_0, Q = 2C - P.
 """
@@ -22,9 +22,7 @@ from hornet_lit.network.layers import GELU, ChannelLinear, changed, observed
 from hornet_lit.network.native.arguments import MAX_ORDER, Gates, Int, Linear, Mlp, Norm, Pointer, pointer
 
 LANES = 16  # pixels of one vector
-MOST_BYTES = (
-    2**30
-)  # for all threads' sums in a backward kernel: they bound the threads of wide layers on large machines
+MOST_BYTES = 2**30  # for all threads' sums in a backward kernel: few threads for wide layers on large machines
 PLAIN = (LayerNorm2d, nn.Conv2d, ChannelLinear, GELU)
 
 
