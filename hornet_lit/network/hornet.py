@@ -80,8 +80,9 @@ class Block(Recomputing):
 
     def _fused_mixer(self, x_BCHW: torch.Tensor, residual: bool) -> torch.Tensor | None:
         """γ₁·mixer(LN(x)), plus x if ``residual``, by a mixer that has a way of its own to compute that."""
-        fused = getattr(self.gnconv, "normed", None)
-        return fused(x_BCHW, self.norm1, self.gamma1, residual=residual) if fused else None
+        if not hasattr(self.gnconv, "normed"):
+            return None
+        return self.gnconv.normed(x_BCHW, self.norm1, self.gamma1, residual=residual)
 
     def _fused_mlp(self, x_BCHW: torch.Tensor, residual: bool) -> torch.Tensor | None:
         if not usable(x_BCHW, self.norm2, self.pwconv1, self.act, self.pwconv2):

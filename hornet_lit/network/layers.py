@@ -29,6 +29,10 @@ def observed() -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
+    return _transformed()
+
+
+def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -76,4 +80,6 @@ class Recomputing(nn.Module):
         """
         if not (self.recompute and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return region(*inputs)  # compiled, the partitioner decides what to keep
+        if _transformed():  # which torch 2.11's checkpoint does not know
+            return region(*inputs)
         return checkpoint(region, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
