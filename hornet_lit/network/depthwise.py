@@ -48,7 +48,7 @@ def depthwise_conv2d(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: to
     device = x_BCHW.device.type
     trained = torch.is_grad_enabled() and weight_C1KK.requires_grad
     by_triton = device == TRITON_DEVICE and ("forward" in TRITON or (trained and "weight_grad" in TRITON))
-    own = by_triton or (device == "cpu" and (trained or _by_native(x_BCHW, weight_C1KK.shape[-1])))
+    own = by_triton or (device == "cpu" and (trained or _by_native(x_BCHW, weight_C1KK, bias_C)))
     if not own or observed():
         return F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
     if torch.is_autocast_enabled(device):
@@ -80,7 +80,7 @@ class _DepthwiseConv(torch.autograd.Function):
 
 
 def _convolved(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
-    if _by_triton("forward", x_BCHW) or _by_native(x_BCHW, weight_C1KK.shape[-1]):
+    if _by_triton("forward", x_BCHW) or _by_native(x_BCHW, weight_C1KK, bias_C):
         return depthwise_conv(x_BCHW, weight_C1KK, bias_C)
     return F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
 
@@ -90,7 +90,7 @@ def depthwise_conv(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torc
     """Depth-wise convolution by the C++ or the Triton kernel, or the library where there are none; channels-last."""
     if _by_triton("forward", x_BCHW) and (triton := _triton()) is not None:
         return triton.convolve(x_BCHW, weight_C1KK, bias_C)
-    if _by_native(x_BCHW, weight_C1KK.shape[-1]):
+    if _by_native(x_BCHW, weight_C1KK, bias_C):
         return _native_conv(x_BCHW, weight_C1KK, bias_C)
     y_BCHW = F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
     return y_BCHW.contiguous(memory_format=torch.channels_last)
@@ -147,9 +147,15 @@ def _(x_BCHW: torch.Tensor, grad_BCHW: torch.Tensor, kernel_size: int) -> tuple[
     return x_BCHW.new_empty(channels, 1, kernel_size, kernel_size), x_BCHW.new_empty(channels)
 
 
-def _by_native(x_BCHW: torch.Tensor, kernel_size: int) -> bool:
+def _by_native(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> bool:
     cpu = x_BCHW.device.type == "cpu" and x_BCHW.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return cpu and kernel_size in KERNEL_SIZES and _built()
+    if not cpu or x_BCHW.ndim != 4 or weight_C1KK.shape[-1] not in KERNEL_SIZES:
+        return False
+    # What does not fit is left to the library, which says so.
+    channels, k = x_BCHW.shape[1], weight_C1KK.shape[-1]
+    if weight_C1KK.dtype != torch.float32 or weight_C1KK.shape != (channels, 1, k, k):
+        return False
+    return (bias_C is None or (bias_C.dtype == torch.float32 and bias_C.shape == (channels,))) and _built()
 
 
 @torch.compiler.assume_constant_result

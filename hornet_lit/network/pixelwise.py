@@ -39,15 +39,11 @@ def usable(x_BCHW: torch.Tensor, *modules: nn.Module) -> bool:
         return False
     if autocast and (x_BCHW.dtype != torch.float32 or torch.get_autocast_dtype("cpu") != torch.bfloat16):
         return False
-    if pairs and torch.is_grad_enabled() and (x_BCHW.requires_grad or any(_trained(m) for m in modules)):
-        return False  # there are backward kernels for float32 alone
+    if pairs and torch.is_grad_enabled():  # there are backward kernels for float32 alone, and filters and γ train too
+        return False
     if not all(_plain(m, x_BCHW.dtype, pairs) for m in modules):
         return False
     return len(modules[0].weight) == x_BCHW.shape[1]  # else the library's own error is the clearest
-
-
-def _trained(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
 
 
 def _plain(module: nn.Module, dtype: torch.dtype, pairs: bool) -> bool:

@@ -45,6 +45,24 @@ def test_the_kernel_is_what_runs_here_where_there_is_a_compiler() -> None:
     )
 
 
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(
+    "weight,bias",
+    [
+        (torch.randn(16, 1, 3, 3).double(), None),
+        (torch.randn(16, 1, 3, 3), torch.randn(16).double()),
+        (torch.randn(16, 1, 3, 3), torch.randn(4)),
+        (torch.randn(8, 1, 3, 3), torch.randn(8)),
+        (torch.randn(16, 2, 3, 3), torch.randn(16)),
+    ],
+)
+def test_weights_that_do_not_fit_are_errors_and_not_read(
+    weight: torch.Tensor, bias: torch.Tensor | None, trained: bool
+) -> None:
+    with pytest.raises(RuntimeError, match=r"type|shape|size"):
+        depthwise_conv2d(torch.randn(2, 16, 6, 6), weight.clone().requires_grad_(trained), bias)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck(bias: bool) -> None:
     torch.manual_seed(0)

@@ -128,13 +128,15 @@ def test_backward_hooks_hear_of_every_module() -> None:
         block.get_submodule(name).register_full_backward_hook(lambda *_, name=name: heard.append(name))
         block(x_BCHW.clone().requires_grad_()).sum().backward()
     assert heard == names
-    heard.clear()
-    handle = nn.modules.module.register_module_full_backward_hook(lambda module, *_: heard.append(module))
-    try:
-        small_block()(x_BCHW.clone().requires_grad_()).sum().backward()
-    finally:
-        handle.remove()
-    assert len(set(heard)) == len(names)
+    of_all = nn.modules.module
+    for register in (of_all.register_module_full_backward_hook, of_all.register_module_full_backward_pre_hook):
+        heard.clear()
+        handle = register(lambda module, *_: heard.append(module))
+        try:
+            small_block()(x_BCHW.clone().requires_grad_()).sum().backward()
+        finally:
+            handle.remove()
+        assert len(set(heard)) == len(names)
 
 
 def test_flops_are_counted_as_without_the_operations() -> None:
@@ -341,3 +343,20 @@ def test_odd_channels_have_no_pairs(ran: list[str]) -> None:
         y_BCHW = block(x_BCHW)
     assert all("mlp" in name for name in ran)  # g_1 has 3 channels in, the MLP 6 and 24
     assert_near(y_BCHW, block(x_BCHW), 0.03)
+
+
+@pytest.mark.parametrize("trained", ["gamma1", "gamma2", "gnconv.dwconv.weight"])
+@pytest.mark.parametrize("mode", ["bf16", "mixed"])
+def test_gradients_of_little_in_bfloat16_are_the_librarys(trained: str, mode: str) -> None:
+    block, x_BCHW = small_block(48), maps(2, 48, 7, 5)
+    for name, p in block.named_parameters():
+        p.requires_grad_(name == trained)
+    exact = copy.deepcopy(block).double()
+    exact(x_BCHW.double()).square().sum().backward()
+    if mode == "bf16":
+        y_BCHW = block.bfloat16()(x_BCHW.bfloat16())
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            y_BCHW = block(x_BCHW)
+    y_BCHW.float().square().sum().backward()
+    assert_near(block.get_parameter(trained).grad, exact.get_parameter(trained).grad, 0.05)

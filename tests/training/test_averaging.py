@@ -98,7 +98,7 @@ def test_averages_of_a_compiled_network(tmp_path: Path) -> None:
     compiled, eager = (fit(tmp_path / str(c), epochs=1, compile=c, ema_decay=DECAY) for c in (True, False))
     found, expected = (module.ema.state_dict(module.network) for module in (compiled, eager))
     assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+    for key, value in expected.items():  # AdamW makes whole steps, of 1e-2, of gradients that are little but rounding
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4)
     scores = [module.trainer.callback_metrics["val/loss_ema"] for module in (compiled, eager)]
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
