@@ -10,7 +10,6 @@ Shapes: B batch, C channels, H height, W width, K kernel size, S shares of the b
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import warnings
@@ -22,9 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from hornet_lit.network import native
 from hornet_lit.network.layers import observed
+from hornet_lit.network.native.arguments import LANES, Int, Pointer, map_like, pointer, rows
 
 KERNEL_SIZES = (3, 5, 7, 9, 11)
-LANES = 16  # channels of one vector
 SYMBOLS = {torch.float32: "depthwise_weight_grad_f32", torch.bfloat16: "depthwise_weight_grad_bf16"}
 TRITON_KERNELS = frozenset({"forward", "weight_grad"})  # the input gradient is a forward too
 TRITON_DEVICE, TRITON_TYPES = "cuda", (torch.float32, torch.bfloat16, torch.float16)
@@ -97,15 +96,15 @@ def depthwise_conv(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torc
 
 
 def _native_conv(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
-    x_BHWC, weight_KKC = x_BCHW.permute(0, 2, 3, 1).contiguous(), weight_C1KK.permute(1, 2, 3, 0).contiguous()
+    x_BHWC, weight_KKC = rows(x_BCHW), weight_C1KK.permute(1, 2, 3, 0).contiguous()
     b, h, w, c = x_BHWC.shape
-    y_BHWC = torch.empty_like(x_BHWC)
-    tensors = x_BHWC, weight_KKC, None if bias_C is None else bias_C.contiguous(), y_BHWC
-    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-    sizes = [ctypes.c_int64(n) for n in (b, h, w, c, weight_KKC.shape[1], torch.get_num_threads())]
-    failed = native.library("depthwise").depthwise_conv_f32(*pointers, *sizes)
+    y_BCHW = map_like(x_BCHW, c)
+    tensors = x_BHWC, weight_KKC, None if bias_C is None else bias_C.contiguous(), y_BCHW
+    sizes = b, h, w, c, weight_KKC.shape[1], torch.get_num_threads()
+    kernel = native.library("depthwise").depthwise_conv_f32
+    failed = kernel(*(Pointer(pointer(t)) for t in tensors), *map(Int, sizes))
     assert not failed, f"no kernel for K = {weight_KKC.shape[1]}"
-    return y_BHWC.permute(0, 3, 1, 2)
+    return y_BCHW
 
 
 @depthwise_conv.register_fake
@@ -128,14 +127,14 @@ def depthwise_weight_grad(
     library = native.library("depthwise")
     if library is None or x_BCHW.dtype not in SYMBOLS or kernel_size not in KERNEL_SIZES or x_BCHW.device.type != "cpu":
         return _library_weight_grad(x_BCHW, grad_BCHW, kernel_size)
-    x_BHWC, grad_BHWC = (t.permute(0, 2, 3, 1).contiguous() for t in (x_BCHW, grad_BCHW))
+    x_BHWC, grad_BHWC = rows(x_BCHW), rows(grad_BCHW)
     b, h, w, c = x_BHWC.shape
     threads, vectors = torch.get_num_threads(), -(-c // LANES)
     shares = 1 if vectors % threads == 0 or vectors > 4 * threads else min(threads, b)  # few vectors share unevenly
     weight_SC1KK = torch.empty(shares, c, 1, kernel_size, kernel_size)
     bias_SC = torch.empty(shares, c)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x_BHWC, grad_BHWC, weight_SC1KK, bias_SC)]
-    sizes = [ctypes.c_int64(n) for n in (b, h, w, c, kernel_size, shares, threads)]
+    pointers = [Pointer(pointer(t)) for t in (x_BHWC, grad_BHWC, weight_SC1KK, bias_SC)]
+    sizes = map(Int, (b, h, w, c, kernel_size, shares, threads))
     failed = getattr(library, SYMBOLS[x_BHWC.dtype])(*pointers, *sizes)
     assert not failed, f"no kernel for K = {kernel_size}"
     return weight_SC1KK.sum(0).to(x_BCHW.dtype), bias_SC.sum(0).to(x_BCHW.dtype)
@@ -155,12 +154,9 @@ def _by_native(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Te
     channels, k = x_BCHW.shape[1], weight_C1KK.shape[-1]
     if weight_C1KK.dtype != torch.float32 or weight_C1KK.shape != (channels, 1, k, k):
         return False
-    return (bias_C is None or (bias_C.dtype == torch.float32 and bias_C.shape == (channels,))) and _built()
-
-
-@torch.compiler.assume_constant_result
-def _built() -> bool:
-    return native.library("depthwise") is not None
+    if bias_C is not None and (bias_C.dtype != torch.float32 or bias_C.shape != (channels,)):
+        return False
+    return native.offers("depthwise", "depthwise_conv_f32")
 
 
 def _by_triton(what: str, x_BCHW: torch.Tensor) -> bool:

@@ -19,9 +19,20 @@ from torch.autograd.function import once_differentiable
 
 from hornet_lit.network import native
 from hornet_lit.network.layers import GELU, ChannelLinear, changed, observed
-from hornet_lit.network.native.arguments import MAX_ORDER, Gates, Int, Linear, Mlp, Norm, Pointer, pointer
+from hornet_lit.network.native.arguments import (
+    LANES,
+    MAX_ORDER,
+    Gates,
+    Int,
+    Linear,
+    Mlp,
+    Norm,
+    Pointer,
+    map_like,
+    pointer,
+    rows,
+)
 
-LANES = 16  # pixels of one vector
 MOST_BYTES = 2**30  # for all threads' sums in a backward kernel: few threads for wide layers on large machines
 PLAIN = (LayerNorm2d, nn.Conv2d, ChannelLinear, GELU)
 
@@ -62,25 +73,16 @@ def _plain(module: nn.Module, dtype: torch.dtype, pairs: bool) -> bool:
     return all(type(p) in (torch.Tensor, nn.Parameter) and p.dtype == dtype for p in (module.weight, module.bias))
 
 
-@torch.compiler.assume_constant_result
 def _built(pairs: bool) -> bool:
-    library = native.library("pixelwise")
-    return hasattr(library, "mlp_forward_bf16" if pairs else "mlp_forward_f32")
-
-
-def _rows(x_BCHW: torch.Tensor) -> torch.Tensor:
-    return x_BCHW.permute(0, 2, 3, 1).contiguous()
-
-
-def _map_like(x_BCHW: torch.Tensor, channels: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An empty channels-last map of x's batch and size; no view, of which FSDP2 would warn."""
-    size = x_BCHW.shape[0], channels, *x_BCHW.shape[2:]
-    dtype = dtype or x_BCHW.dtype
-    return torch.empty(size, dtype=dtype, device=x_BCHW.device, memory_format=torch.channels_last)
+    return native.offers("pixelwise", "mlp_forward_bf16" if pairs else "mlp_forward_f32")
 
 
 def _run(name: str, arguments: ctypes.Structure, *sizes: int) -> None:
     getattr(native.library("pixelwise"), name)(ctypes.byref(arguments), *map(Int, sizes))
+
+
+def _pointers(**tensors: torch.Tensor) -> dict[str, int | None]:
+    return {name: pointer(tensor) for name, tensor in tensors.items()}
 
 
 def _type(x: torch.Tensor, weight: torch.Tensor) -> str:
@@ -120,117 +122,92 @@ def _workers(weights: Sequence[torch.Tensor], threads: int) -> int:
     return max(1, min(threads, MOST_BYTES // each))
 
 
-# LayerNorm and a linear layer whose output is split in two.
+# LayerNorm and a linear layer whose output is split in two. Parameters: weight (N, C), bias, the norm's two.
 
 
 @torch.library.custom_op("hornet_lit::norm_linear", mutates_args=())
 def _norm_linear(
-    x_BCHW: torch.Tensor,
-    weight_NC: torch.Tensor,
-    bias_N: torch.Tensor,
-    norm_weight_C: torch.Tensor,
-    norm_bias_C: torch.Tensor,
-    eps: float,
-    first: int,
+    x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], eps: float, first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, (n, c) = _rows(x_BCHW), weight_NC.shape
-    p_BPHW, q_BQHW = (_map_like(x_BCHW, width, weight_NC.dtype) for width in (first, n - first))
-    norm = Norm(pointer(norm_weight_C), pointer(norm_bias_C), eps)
-    pointers = {"x": rows, "w": weight_NC, "b": bias_N, "p": p_BPHW, "q": q_BQHW}
-    arguments = Linear(K=c, N=n, P=first, norm=norm, **{k: pointer(t) for k, t in pointers.items()})
-    _run(f"linear_forward_{_type(x_BCHW, weight_NC)}", arguments, rows.numel() // c, torch.get_num_threads())
+    (weight_NC, bias_N, *norm), x = parameters, rows(x_BCHW)
+    n, c = weight_NC.shape
+    p_BPHW, q_BQHW = (map_like(x_BCHW, width, weight_NC.dtype) for width in (first, n - first))
+    pointers = _pointers(x=x, w=weight_NC, b=bias_N, p=p_BPHW, q=q_BQHW)
+    arguments = Linear(K=c, N=n, P=first, norm=Norm(*map(pointer, norm), eps), **pointers)
+    _run(f"linear_forward_{_type(x_BCHW, weight_NC)}", arguments, x.numel() // c, torch.get_num_threads())
     return p_BPHW, q_BQHW
 
 
 @_norm_linear.register_fake
-def _(x_BCHW, weight_NC, bias_N, norm_weight_C, norm_bias_C, eps, first):  # type: ignore[no-untyped-def]
-    p_BPHW, q_BQHW = (_map_like(x_BCHW, width, weight_NC.dtype) for width in (first, len(weight_NC) - first))
+def _(x_BCHW, parameters, eps, first):  # type: ignore[no-untyped-def]
+    p_BPHW, q_BQHW = (map_like(x_BCHW, width, parameters[0].dtype) for width in (first, len(parameters[0]) - first))
     return p_BPHW, q_BQHW
 
 
 @torch.library.custom_op("hornet_lit::norm_linear_backward", mutates_args=())
 def _norm_linear_backward(
-    dp_BPHW: torch.Tensor,
-    dq_BQHW: torch.Tensor,
-    x_BCHW: torch.Tensor,
-    weight_NC: torch.Tensor,
-    norm_weight_C: torch.Tensor,
-    norm_bias_C: torch.Tensor,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, (n, c), threads = _rows(x_BCHW), weight_NC.shape, torch.get_num_threads()
-    dp, dq, dx_BCHW = _rows(dp_BPHW), _rows(dq_BQHW), _map_like(x_BCHW, c)
-    dw_NC, dvectors = torch.empty_like(weight_NC), x_BCHW.new_empty(n + 2 * c)
-    norm = Norm(pointer(norm_weight_C), pointer(norm_bias_C), eps)
-    pointers = {"x": rows, "w": weight_NC, "p": dp, "q": dq, "dx": dx_BCHW, "dw": dw_NC, "dvectors": dvectors}
-    arguments = Linear(K=c, N=n, P=dp.shape[-1], norm=norm, **{k: pointer(t) for k, t in pointers.items()})
-    _run("linear_backward_f32", arguments, rows.numel() // c, threads, _workers([weight_NC], threads))
-    db_N, dnorm_weight_C, dnorm_bias_C = (v.clone() for v in dvectors.split([n, c, c]))
-    return dx_BCHW, dw_NC, db_N, dnorm_weight_C, dnorm_bias_C
+    dp_BPHW: torch.Tensor, dq_BQHW: torch.Tensor, x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], eps: float
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    (weight_NC, _, *norm), x, threads = parameters, rows(x_BCHW), torch.get_num_threads()
+    (n, c), dp, dq = weight_NC.shape, rows(dp_BPHW), rows(dq_BQHW)
+    dx_BCHW, dw_NC, dvectors = map_like(x_BCHW, c), torch.empty_like(weight_NC), x_BCHW.new_empty(n + 2 * c)
+    pointers = _pointers(x=x, w=weight_NC, p=dp, q=dq, dx=dx_BCHW, dw=dw_NC, dvectors=dvectors)
+    arguments = Linear(K=c, N=n, P=dp.shape[-1], norm=Norm(*map(pointer, norm), eps), **pointers)
+    _run("linear_backward_f32", arguments, x.numel() // c, threads, _workers([weight_NC], threads))
+    return dx_BCHW, [dw_NC, *(v.clone() for v in dvectors.split([n, c, c]))]
 
 
 @_norm_linear_backward.register_fake
-def _(dp_BPHW, dq_BQHW, x_BCHW, weight_NC, norm_weight_C, norm_bias_C, eps):  # type: ignore[no-untyped-def]
-    new, (n, c) = x_BCHW.new_empty, weight_NC.shape
-    return _map_like(x_BCHW, c), new(n, c), new(n), new(c), new(c)
+def _(dp_BPHW, dq_BQHW, x_BCHW, parameters, eps):  # type: ignore[no-untyped-def]
+    return map_like(x_BCHW, x_BCHW.shape[1]), [torch.empty_like(p) for p in parameters]
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BCHW, weight_NC, bias_N, norm_weight_C, norm_bias_C, eps, first):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x_BCHW, weight_NC, norm_weight_C, norm_bias_C)
+    def forward(ctx, x_BCHW, eps, first, *parameters):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x_BCHW, *parameters)
         ctx.eps = eps
-        return _norm_linear(x_BCHW, weight_NC, bias_N, norm_weight_C, norm_bias_C, eps, first)
+        return _norm_linear(x_BCHW, parameters, eps, first)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dp_BPHW, dq_BQHW):  # type: ignore[no-untyped-def]
-        return *_norm_linear_backward(dp_BPHW, dq_BQHW, *ctx.saved_tensors, ctx.eps), None, None
+        x_BCHW, *parameters = ctx.saved_tensors
+        dx_BCHW, dparameters = _norm_linear_backward(dp_BPHW, dq_BQHW, x_BCHW, parameters, ctx.eps)
+        return dx_BCHW, None, None, *dparameters
 
 
 def norm_linear(
     x_BCHW: torch.Tensor, norm: LayerNorm2d, linear: nn.Conv2d, first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``linear(norm(x))``, its first ``first`` channels and the rest, as maps of their own."""
-    vectors = map(_vector, (linear.bias, norm.weight, norm.bias))
     weight_NC = _weight(linear, x_BCHW, (len(linear.weight), x_BCHW.shape[1]))
-    return _NormLinear.apply(x_BCHW, weight_NC, *vectors, norm.eps, first)
+    vectors = map(_vector, (linear.bias, norm.weight, norm.bias))
+    return _NormLinear.apply(x_BCHW, norm.eps, first, weight_NC, *vectors)
 
 
-# LayerNorm, MLP and residual.
+# LayerNorm, MLP and residual. Parameters: w1 (N, C), b1, w2 (C, N), b2, the scale, the norm's two.
 
 
 @torch.library.custom_op("hornet_lit::norm_mlp", mutates_args=())
 def _norm_mlp(
-    x_BCHW: torch.Tensor,
-    w1_NC: torch.Tensor,
-    b1_N: torch.Tensor,
-    w2_CN: torch.Tensor,
-    b2_C: torch.Tensor,
-    scale_C: torch.Tensor,
-    norm_weight_C: torch.Tensor,
-    norm_bias_C: torch.Tensor,
-    eps: float,
-    residual: bool,
-    keep: bool,
+    x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], eps: float, residual: bool, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, (n, c), threads = _rows(x_BCHW), w1_NC.shape, torch.get_num_threads()
-    pixels, y_BCHW = rows.numel() // c, _map_like(x_BCHW, c)
-    hidden = _hidden(x_BCHW, n, keep)
-    norm = Norm(pointer(norm_weight_C), pointer(norm_bias_C), eps)
-    pointers = {"x": rows, "w1": w1_NC, "b1": b1_N, "w2": w2_CN, "b2": b2_C, "scale": scale_C, "y": y_BCHW}
+    (w1_NC, b1_N, w2_CN, b2_C, scale_C, *norm), x, threads = parameters, rows(x_BCHW), torch.get_num_threads()
+    n, c = w1_NC.shape
+    y_BCHW, hidden = map_like(x_BCHW, c), _hidden(x_BCHW, n, keep)
+    pointers = _pointers(x=x, w1=w1_NC, b1=b1_N, w2=w2_CN, b2=b2_C, scale=scale_C, y=y_BCHW)
     if keep:
         hidden[-1] = threads
-        pointers["h"] = hidden
-    arguments = Mlp(C=c, N=n, residual=residual, norm=norm, **{k: pointer(t) for k, t in pointers.items()})
-    _run(f"mlp_forward_{_type(x_BCHW, w1_NC)}", arguments, pixels, threads)
+        pointers["h"] = pointer(hidden)
+    arguments = Mlp(C=c, N=n, residual=residual, norm=Norm(*map(pointer, norm), eps), **pointers)
+    _run(f"mlp_forward_{_type(x_BCHW, w1_NC)}", arguments, x.numel() // c, threads)
     return y_BCHW, hidden
 
 
 @_norm_mlp.register_fake
-def _(x_BCHW, w1_NC, b1_N, w2_CN, b2_C, scale_C, norm_weight_C, norm_bias_C, eps, residual, keep):  # type: ignore[no-untyped-def]
-    n, c = w1_NC.shape
-    return _map_like(x_BCHW, c), _hidden(x_BCHW, n, keep)
+def _(x_BCHW, parameters, eps, residual, keep):  # type: ignore[no-untyped-def]
+    return map_like(x_BCHW, x_BCHW.shape[1]), _hidden(x_BCHW, len(parameters[0]), keep)
 
 
 def _hidden(x_BCHW: torch.Tensor, channels: int, keep: bool) -> torch.Tensor:
@@ -245,48 +222,41 @@ def _norm_mlp_backward(
     dy_BCHW: torch.Tensor,
     x_BCHW: torch.Tensor,
     hidden: torch.Tensor,
-    w1_NC: torch.Tensor,
-    w2_CN: torch.Tensor,
-    b2_C: torch.Tensor,
-    scale_C: torch.Tensor,
-    norm_weight_C: torch.Tensor,
-    norm_bias_C: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
     eps: float,
     residual: bool,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]:
-    rows, dy, (n, c) = _rows(x_BCHW), _rows(dy_BCHW), w1_NC.shape
-    dx_BCHW, threads = _map_like(x_BCHW, c), int(hidden[-1])
-    dw1_NC, dw2_CN, dscale_C = torch.empty_like(w1_NC), torch.empty_like(w2_CN), torch.empty_like(scale_C)
-    dvectors = x_BCHW.new_empty(n + 3 * c)
-    norm = Norm(pointer(norm_weight_C), pointer(norm_bias_C), eps)
-    pointers = {"x": rows, "w1": w1_NC, "w2": w2_CN, "b2": b2_C, "scale": scale_C, "h": hidden, "dy": dy}
-    pointers |= {"dx": dx_BCHW, "dw1": dw1_NC, "dw2": dw2_CN, "dvectors": dvectors, "dscale": dscale_C}
-    arguments = Mlp(C=c, N=n, residual=residual, norm=norm, **{k: pointer(t) for k, t in pointers.items()})
-    _run("mlp_backward_f32", arguments, rows.numel() // c, threads, _workers([w1_NC, w2_CN], threads))
-    db1_N, db2_C, dnorm_weight_C, dnorm_bias_C = (v.clone() for v in dvectors.split([n, c, c, c]))
-    return dx_BCHW, dw1_NC, db1_N, dw2_CN, db2_C, dscale_C, dnorm_weight_C, dnorm_bias_C
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    (w1_NC, _, w2_CN, b2_C, scale_C, *norm), x, dy = parameters, rows(x_BCHW), rows(dy_BCHW)
+    (n, c), threads = w1_NC.shape, int(hidden[-1])
+    dx_BCHW, dvectors = map_like(x_BCHW, c), x_BCHW.new_empty(n + 3 * c)
+    dw1_NC, dw2_CN, dscale_C = (torch.empty_like(t) for t in (w1_NC, w2_CN, scale_C))
+    pointers = _pointers(x=x, w1=w1_NC, w2=w2_CN, b2=b2_C, scale=scale_C, h=hidden, dy=dy)
+    pointers |= _pointers(dx=dx_BCHW, dw1=dw1_NC, dw2=dw2_CN, dvectors=dvectors, dscale=dscale_C)
+    arguments = Mlp(C=c, N=n, residual=residual, norm=Norm(*map(pointer, norm), eps), **pointers)
+    _run("mlp_backward_f32", arguments, x.numel() // c, threads, _workers([w1_NC, w2_CN], threads))
+    db1_N, db2_C, *dnorm = (v.clone() for v in dvectors.split([n, c, c, c]))
+    return dx_BCHW, [dw1_NC, db1_N, dw2_CN, db2_C, dscale_C, *dnorm]
 
 
 @_norm_mlp_backward.register_fake
-def _(dy_BCHW, x_BCHW, hidden, w1_NC, w2_CN, b2_C, scale_C, norm_weight_C, norm_bias_C, eps, residual):  # type: ignore[no-untyped-def]
-    new, (n, c) = x_BCHW.new_empty, w1_NC.shape
-    return _map_like(x_BCHW, c), new(n, c), new(n), new(c, n), new(c), new(c), new(c), new(c)
+def _(dy_BCHW, x_BCHW, hidden, parameters, eps, residual):  # type: ignore[no-untyped-def]
+    return map_like(x_BCHW, x_BCHW.shape[1]), [torch.empty_like(p) for p in parameters]
 
 
 class _NormMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, scale, norm_weight, norm_bias, eps, residual):  # type: ignore[no-untyped-def]
-        y, hidden = _norm_mlp(x, w1, b1, w2, b2, scale, norm_weight, norm_bias, eps, residual, True)
-        ctx.save_for_backward(x, hidden, w1, w2, b2, scale, norm_weight, norm_bias)
+    def forward(ctx, x_BCHW, eps, residual, *parameters):  # type: ignore[no-untyped-def]
+        y_BCHW, hidden = _norm_mlp(x_BCHW, parameters, eps, residual, True)
+        ctx.save_for_backward(x_BCHW, hidden, *parameters)
         ctx.eps, ctx.residual = eps, residual
-        return y
+        return y_BCHW
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BCHW):  # type: ignore[no-untyped-def]
-        return *_norm_mlp_backward(dy_BCHW, *ctx.saved_tensors, ctx.eps, ctx.residual), None, None
+        x_BCHW, hidden, *parameters = ctx.saved_tensors
+        dx_BCHW, dparameters = _norm_mlp_backward(dy_BCHW, x_BCHW, hidden, parameters, ctx.eps, ctx.residual)
+        return dx_BCHW, None, None, *dparameters
 
 
 def norm_mlp(
@@ -302,10 +272,10 @@ def norm_mlp(
     n, c = len(up.weight), x_BCHW.shape[1]
     w1_NC, w2_CN = _weight(up, x_BCHW, (n, c)), _weight(down, x_BCHW, (c, n))
     b1_N, b2_C, *norms = map(_vector, (up.bias, down.bias, norm.weight, norm.bias))
-    tensors = x_BCHW, w1_NC, b1_N, w2_CN, b2_C, _scale(scale_C, x_BCHW), *norms
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _NormMlp.apply(*tensors, norm.eps, residual)
-    return _norm_mlp(*tensors, norm.eps, residual, False)[0]
+    parameters = w1_NC, b1_N, w2_CN, b2_C, _scale(scale_C, x_BCHW), *norms
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x_BCHW, *parameters)):
+        return _NormMlp.apply(x_BCHW, norm.eps, residual, *parameters)
+    return _norm_mlp(x_BCHW, parameters, norm.eps, residual, False)[0]
 
 
 # gnConv's gated interactions and output projection.
@@ -321,8 +291,8 @@ def _gates(
     x_BCHW: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    p, gates, x = _rows(p_BPHW), _rows(gates_BQHW), None if x_BCHW is None else _rows(x_BCHW)
-    y_BCHW = _map_like(p_BPHW, len(scale_C), dtype)
+    p, gates, x = rows(p_BPHW), rows(gates_BQHW), None if x_BCHW is None else rows(x_BCHW)
+    y_BCHW = map_like(p_BPHW, len(scale_C), dtype)
     arguments = _gates_arguments(p, gates, weights, biases, scale_C)
     arguments.x, arguments.y = pointer(x), pointer(y_BCHW)
     _run(f"gates_forward_{_type(y_BCHW, p)}", arguments, p.numel() // p.shape[-1], torch.get_num_threads())
@@ -331,7 +301,7 @@ def _gates(
 
 @_gates.register_fake
 def _(p_BPHW, gates_BQHW, weights, biases, scale_C, x_BCHW, dtype):  # type: ignore[no-untyped-def]
-    return _map_like(p_BPHW, len(scale_C), dtype)
+    return map_like(p_BPHW, len(scale_C), dtype)
 
 
 def _gates_arguments(
@@ -357,8 +327,8 @@ def _gates_backward(
     biases: Sequence[torch.Tensor],
     scale_C: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    p, gates, dy, threads = _rows(p_BPHW), _rows(gates_BQHW), _rows(dy_BCHW), torch.get_num_threads()
-    dp_BPHW, dgates_BQHW = _map_like(p_BPHW, p.shape[-1]), _map_like(p_BPHW, gates.shape[-1])
+    p, gates, dy, threads = rows(p_BPHW), rows(gates_BQHW), rows(dy_BCHW), torch.get_num_threads()
+    dp_BPHW, dgates_BQHW = map_like(p_BPHW, p.shape[-1]), map_like(p_BPHW, gates.shape[-1])
     dws, dscale_C = [torch.empty_like(w) for w in weights], torch.empty_like(scale_C)
     widths = [len(w) for w in weights]
     dvectors = p.new_empty(sum(widths))
@@ -372,7 +342,7 @@ def _gates_backward(
 
 @_gates_backward.register_fake
 def _(dy_BCHW, p_BPHW, gates_BQHW, weights, biases, scale_C):  # type: ignore[no-untyped-def]
-    maps = _map_like(p_BPHW, p_BPHW.shape[1]), _map_like(p_BPHW, gates_BQHW.shape[1])
+    maps = map_like(p_BPHW, p_BPHW.shape[1]), map_like(p_BPHW, gates_BQHW.shape[1])
     return *maps, [torch.empty_like(w) for w in weights], [torch.empty_like(b) for b in biases], scale_C.clone()
 
 
@@ -409,9 +379,7 @@ def gated(
     """
     expected = x_BCHW.shape[0], 2 * x_BCHW.shape[1] - p_BPHW.shape[1], *x_BCHW.shape[2:]
     if gates_BQHW.shape != expected:
-        raise ValueError(
-            f"a filter must keep its map's shape {tuple(expected)}, this one gave {tuple(gates_BQHW.shape)}"
-        )
+        raise ValueError(f"a filter must keep its map's shape {expected}, this one gave {tuple(gates_BQHW.shape)}")
     widths = [p_BPHW.shape[1] << k for k in range(len(linears))]
     sizes = [*zip(widths[1:], widths[:-1], strict=True), (x_BCHW.shape[1], widths[-1])]
     weights = [_weight(m, x_BCHW, size) for m, size in zip(linears, sizes, strict=True)]

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from hornet_lit.network import native
 from hornet_lit.network.layers import exporting, observed
+from hornet_lit.network.native.arguments import LANES, Filter, Int, Pointer, map_like, pointer
 
 Size = tuple[int, int]
 Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -29,7 +30,7 @@ LONGEST_SIDE = {"cpu": {torch.float32: 24, torch.bfloat16: 48, torch.float64: 24
 # The same for the kernel.
 LONGEST_KERNEL_SIDE = {torch.float32: 48, torch.bfloat16: 40}
 _products_of: dict[tuple[Size, torch.dtype, torch.device], Products] = {}
-_turned_of: dict[tuple[Size, torch.dtype, torch.device], Products] = {}
+_all_of: dict[Size, list[torch.Tensor]] = {}
 
 
 def filter_spectrum(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor:
@@ -45,9 +46,9 @@ def filter_spectrum(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Te
     weight_CHF2 = resize_spectrum(weight_CHF2, (height, width // 2 + 1))
     device = x_BCHW.device.type
     if device in LONGEST_SIDE and not exporting():
-        autocast = torch.is_autocast_enabled(device) and x_BCHW.dtype != torch.float64
         if _by_kernel(x_BCHW, weight_CHF2):
             return _Filter.apply(x_BCHW, weight_CHF2.float())
+        autocast = torch.is_autocast_enabled(device) and x_BCHW.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else x_BCHW.dtype
         if max(height, width) <= LONGEST_SIDE[device].get(dtype, 0):
             return by_products(x_BCHW.to(dtype), weight_CHF2)
@@ -86,16 +87,8 @@ def _by_kernel(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> bool:
     return not observed() and not (trained and x_BCHW.dtype != torch.float32) and _built()
 
 
-@torch.compiler.assume_constant_result
 def _built() -> bool:
-    return hasattr(native.library("spectrum"), "filter_f32")
-
-
-class _Arguments(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "dy")]
-    _fields_ += [(name, ctypes.c_int64) for name in ("B", "H", "W", "C", "x_pitch", "dy_pitch")]
-    _fields_ += [("weight", ctypes.c_void_p), ("there", ctypes.c_void_p * 4), ("turned", ctypes.c_void_p * 4)]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("y", "dx", "dweight")]
+    return native.offers("spectrum", "filter_f32")
 
 
 def _pixels(x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -107,25 +100,23 @@ def _pixels(x_BCHW: torch.Tensor) -> torch.Tensor:
     return x_BHWC if x_BHWC.stride() == expected else x_BHWC.contiguous()
 
 
-def _arguments(x_BHWC: torch.Tensor, weight_HF2C: torch.Tensor, **tensors: torch.Tensor) -> _Arguments:
+def _run(name: str, x_BHWC: torch.Tensor, **tensors: torch.Tensor) -> None:
     b, h, w, c = x_BHWC.shape
-    matrices = _products((h, w), x_BHWC.new_empty(0, dtype=torch.float32))
-    turned = _turned((h, w), matrices)
-    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    pointers |= {"x": x_BHWC.data_ptr(), "weight": weight_HF2C.data_ptr()}
-    four = ctypes.c_void_p * 4
-    there, back = (four(*(m.data_ptr() for m in every)) for every in (matrices, turned))
-    return _Arguments(B=b, H=h, W=w, C=c, x_pitch=x_BHWC.stride(2), there=there, turned=back, **pointers)
+    matrices = (Pointer * 8)(*map(pointer, _matrices((h, w))))
+    arguments = Filter(B=b, H=h, W=w, C=c, x=pointer(x_BHWC), x_pitch=x_BHWC.stride(2), matrices=matrices)
+    for field, tensor in tensors.items():
+        setattr(arguments, field, pointer(tensor))
+    if "dy" in tensors:
+        arguments.dy_pitch = tensors["dy"].stride(2)
+    getattr(native.library("spectrum"), name)(ctypes.byref(arguments), Int(torch.get_num_threads()))
 
 
 @torch.library.custom_op("hornet_lit::global_filter", mutates_args=())
 def _global_filter(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor:
-    x_BHWC, weight_HF2C = _pixels(x_BCHW), weight_CHF2.permute(1, 2, 3, 0).contiguous()
-    y_BHWC = x_BHWC.new_empty(x_BHWC.shape)
-    arguments = _arguments(x_BHWC, weight_HF2C, y=y_BHWC)
+    weight_HF2C, y_BCHW = weight_CHF2.permute(1, 2, 3, 0).contiguous(), map_like(x_BCHW, x_BCHW.shape[1])
     name = "filter_f32" if x_BCHW.dtype == torch.float32 else "filter_bf16"
-    getattr(native.library("spectrum"), name)(ctypes.byref(arguments), ctypes.c_int64(torch.get_num_threads()))
-    return y_BHWC.permute(0, 3, 1, 2)
+    _run(name, _pixels(x_BCHW), weight=weight_HF2C, y=y_BCHW)
+    return y_BCHW
 
 
 @_global_filter.register_fake
@@ -137,16 +128,12 @@ def _(x_BCHW, weight_CHF2):  # type: ignore[no-untyped-def]
 def _global_filter_backward(
     dy_BCHW: torch.Tensor, x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x_BHWC, dy_BHWC = _pixels(x_BCHW), _pixels(dy_BCHW)
-    weight_HF2C = weight_CHF2.permute(1, 2, 3, 0).contiguous()
-    dx_BHWC = x_BHWC.new_empty(x_BHWC.shape)
+    weight_HF2C, dx_BCHW = weight_CHF2.permute(1, 2, 3, 0).contiguous(), map_like(x_BCHW, x_BCHW.shape[1])
     h, f, _, c = weight_HF2C.shape
-    dweight_HF2C = x_BHWC.new_zeros(h, f, 2, -(-c // 16) * 16)
-    arguments = _arguments(x_BHWC, weight_HF2C, dy=dy_BHWC, dx=dx_BHWC, dweight=dweight_HF2C)
-    arguments.dy_pitch = dy_BHWC.stride(2)
-    threads = ctypes.c_int64(torch.get_num_threads())
-    native.library("spectrum").filter_backward_f32(ctypes.byref(arguments), threads)
-    return dx_BHWC.permute(0, 3, 1, 2), dweight_HF2C[..., :c].permute(3, 0, 1, 2).contiguous()
+    dweight_HF2C = x_BCHW.new_zeros(h, f, 2, -(-c // LANES) * LANES)
+    x_BHWC, dy_BHWC = _pixels(x_BCHW), _pixels(dy_BCHW)
+    _run("filter_backward_f32", x_BHWC, weight=weight_HF2C, dy=dy_BHWC, dx=dx_BCHW, dweight=dweight_HF2C)
+    return dx_BCHW, dweight_HF2C[..., :c].permute(3, 0, 1, 2).contiguous()
 
 
 @_global_filter_backward.register_fake
@@ -191,13 +178,13 @@ def _products(size: Size, like: torch.Tensor) -> Products:
     return _products_of[key]
 
 
-def _turned(size: Size, products: Products) -> Products:
-    """The four matrices turned, kept like them."""
-    key = ((int(size[0]), int(size[1])), products[0].dtype, products[0].device)
-    if key not in _turned_of:
+def _matrices(size: Size) -> list[torch.Tensor]:
+    """For the kernel: the four matrices in float32 and those turned, kept like them."""
+    if size not in _all_of:
+        products = _products(size, torch.empty(0, dtype=torch.float32, device="cpu"))
         with torch.inference_mode(False):
-            _turned_of[key] = tuple(matrix.T.contiguous() for matrix in products)  # type: ignore[assignment]
-    return _turned_of[key]
+            _all_of[size] = [*products, *(matrix.T.contiguous() for matrix in products)]
+    return _all_of[size]
 
 
 def _dft(size: Size, dtype: torch.dtype, device: torch.device) -> Products:

@@ -18,6 +18,8 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
@@ -34,6 +36,12 @@ def library(name: str) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         _warn(getattr(error, "stderr", "") or str(error))
         return None
+
+
+@torch.compiler.assume_constant_result
+def offers(name: str, symbol: str) -> bool:
+    """Whether the library ``name`` could be built and has that kernel: not all processors have them all."""
+    return hasattr(library(name), symbol)
 
 
 @functools.cache

@@ -1,4 +1,8 @@
-"""What the kernels of pixelwise.cpp are given: its structures, field by field."""
+"""What the kernels are given: maps as rows of channels, and the structures of pixelwise.cpp and spectrum.cpp, field by
+field.
+
+Shapes: B batch, C channels, H height, W width.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,24 @@ import ctypes
 import torch
 
 MAX_ORDER = 16  # of gnConv
+LANES = 16  # pixels or channels of one vector
 Pointer, Int = ctypes.c_void_p, ctypes.c_int64
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def rows(x_BCHW: torch.Tensor) -> torch.Tensor:
+    """The map as contiguous (B, H, W, C)."""
+    return x_BCHW.permute(0, 2, 3, 1).contiguous()
+
+
+def map_like(x_BCHW: torch.Tensor, channels: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An empty channels-last map of x's batch and size; no view, of which FSDP2 would warn."""
+    size = x_BCHW.shape[0], channels, *x_BCHW.shape[2:]
+    dtype = dtype or x_BCHW.dtype
+    return torch.empty(size, dtype=dtype, device=x_BCHW.device, memory_format=torch.channels_last)
 
 
 class Norm(ctypes.Structure):
@@ -36,3 +53,10 @@ class Gates(ctypes.Structure):
     _fields_ += [(name, Pointer) for name in ("scale", "x", "y", "dy")]
     _fields_ += [("dp", Pointer), ("dgates", Pointer), ("dw", Pointer * MAX_ORDER)]
     _fields_ += [("dvectors", Pointer), ("dscale", Pointer)]
+
+
+class Filter(ctypes.Structure):
+    _fields_ = [("x", Pointer), ("dy", Pointer)]
+    _fields_ += [(name, Int) for name in ("B", "H", "W", "C", "x_pitch", "dy_pitch")]
+    _fields_ += [("weight", Pointer), ("matrices", Pointer * 8)]
+    _fields_ += [(name, Pointer) for name in ("y", "dx", "dweight")]

@@ -27,29 +27,17 @@ struct Filter {
 };
 
 // emit(n, column, sum) for each element of m (N, K) times x (K, columns).
-template <int V, class Emit>
-inline void matrix_columns(const float* m, int64_t N, int64_t K, const Vec* x, int64_t columns, int64_t column,
-                           Emit emit) {
-    const auto strip = [&](auto rows, int64_t n) __attribute__((always_inline)) {
-        constexpr int R = decltype(rows)::value;
-        Vec sums[R][V] = {};
-        accumulate<Single>(sums, m + n * K, K, x + column, columns, K);
-        for (int i = 0; i < R; ++i)
-            for (int v = 0; v < V; ++v) emit(n + i, column + v, sums[i][v]);
-    };
-    int64_t n = 0;
-    for (; n + kR <= N; n += kR) strip(std::integral_constant<int, kR>{}, n);
-    for (; n + 4 <= N; n += 4) strip(std::integral_constant<int, 4>{}, n);
-    for (; n < N; ++n) strip(std::integral_constant<int, 1>{}, n);
-}
-
 template <class Emit>
 inline void matrix(const float* m, int64_t N, int64_t K, const Vec* x, int64_t columns, Emit emit) {
     int64_t column = 0;
-    for (; column + 3 <= columns && column + 4 != columns; column += 3)
-        matrix_columns<3>(m, N, K, x, columns, column, emit);
-    for (; column + 2 <= columns; column += 2) matrix_columns<2>(m, N, K, x, columns, column, emit);
-    for (; column < columns; ++column) matrix_columns<1>(m, N, K, x, columns, column, emit);
+    const auto some = [&](auto size) __attribute__((always_inline)) {
+        constexpr int V = decltype(size)::value;
+        product<V>(m, N, x + column, columns, K, [&](int64_t n, int v, Vec sum) { emit(n, column + v, sum); });
+        column += V;
+    };
+    while (columns - column >= 3 && columns - column != 4) some(std::integral_constant<int, 3>{});
+    while (columns - column >= 2) some(std::integral_constant<int, 2>{});
+    while (column < columns) some(std::integral_constant<int, 1>{});
 }
 
 // A map (W, H) to its spectrum (L, F), by w (G, W) and h (L, L).
@@ -76,10 +64,23 @@ void read(const Filter<T>& a, const T* x, int64_t pitch, int64_t b, int64_t c, V
             map[column * a.H + row] = load(x + ((b * a.H + row) * a.W + column) * pitch + c, a.C - c);
 }
 
-template <class T>
-void filter(const Filter<T>& a, int64_t T_) {
-    const int64_t F = a.columns(), groups = vectors(a.C);
-#pragma omp parallel num_threads(T_)
+// run(at, real, imag, by_real, by_imag) for each of the H × F numbers of a spectrum: its place, those of its two parts,
+// and the weight it is multiplied with.
+template <class T, class Run>
+inline void for_numbers(const Filter<T>& a, int64_t c, Run run) {
+    const int64_t F = a.columns();
+    for (int64_t row = 0; row < a.H; ++row)
+        for (int64_t f = 0; f < F; ++f) {
+            const int64_t at = row * F + f, real = at + row * F;
+            const float* weight = a.weight + at * 2 * a.C + c;
+            run(at, real, real + F, load(weight, a.C - c), load(weight + a.C, a.C - c));
+        }
+}
+
+template <class X>
+void filter(const Filter<X>& a, int64_t T) {
+    const int64_t groups = vectors(a.C);
+#pragma omp parallel num_threads(T)
     {
         Vec *map = allocated(3 * a.map()), *between = map + a.map(), *spectrum = between + a.map();
 #pragma omp for collapse(2) schedule(static)
@@ -88,15 +89,11 @@ void filter(const Filter<T>& a, int64_t T_) {
                 const int64_t c = group * kLanes;
                 read(a, a.x, a.x_pitch, b, c, map);
                 there(a, a.along_w, a.along_h, map, between, spectrum);
-                for (int64_t row = 0; row < a.H; ++row)
-                    for (int64_t f = 0; f < F; ++f) {
-                        const float* weight = a.weight + (row * F + f) * 2 * a.C + c;
-                        const Vec by_real = load(weight, a.C - c), by_imag = load(weight + a.C, a.C - c);
-                        Vec &real = spectrum[2 * row * F + f], &imag = spectrum[(2 * row + 1) * F + f];
-                        const Vec was = real;
-                        real = real * by_real - imag * by_imag;
-                        imag = imag * by_real + was * by_imag;
-                    }
+                for_numbers(a, c, [&](int64_t, int64_t real, int64_t imag, Vec by_real, Vec by_imag) {
+                    const Vec was = spectrum[real];
+                    spectrum[real] = was * by_real - spectrum[imag] * by_imag;
+                    spectrum[imag] = spectrum[imag] * by_real + was * by_imag;
+                });
                 back(a, a.back_h, a.back_w, spectrum, between, [&](int64_t column, int64_t row, Vec sum) {
                     store(sum, a.y + ((b * a.H + row) * a.W + column) * a.C + c, a.C - c);
                 });
@@ -106,7 +103,7 @@ void filter(const Filter<T>& a, int64_t T_) {
 }
 
 void filter_backward(const Filter<float>& a, int64_t T) {
-    const int64_t F = a.columns(), groups = vectors(a.C), width = groups * kLanes;
+    const int64_t groups = vectors(a.C), width = groups * kLanes;
 #pragma omp parallel num_threads(T)
     {
         Vec *map = allocated(4 * a.map()), *between = map + a.map(), *spectrum = between + a.map();
@@ -119,20 +116,16 @@ void filter_backward(const Filter<float>& a, int64_t T) {
                 there(a, a.along_w, a.along_h, map, between, spectrum);
                 read(a, a.dy, a.dy_pitch, b, c, map);
                 there(a, a.turned_back_w, a.turned_back_h, map, between, d);
-                for (int64_t row = 0; row < a.H; ++row)
-                    for (int64_t f = 0; f < F; ++f) {
-                        const float* weight = a.weight + (row * F + f) * 2 * a.C + c;
-                        const Vec by_real = load(weight, a.C - c), by_imag = load(weight + a.C, a.C - c);
-                        const int64_t r = 2 * row * F + f, i = r + F;
-                        Vec* sums = reinterpret_cast<Vec*>(a.dweight + (row * F + f) * 2 * width + c);
-                        const Vec by_r = d[r] * spectrum[r] + d[i] * spectrum[i];
-                        const Vec by_i = d[i] * spectrum[r] - d[r] * spectrum[i];
-                        sums[0] = b ? sums[0] + by_r : by_r;
-                        sums[groups] = b ? sums[groups] + by_i : by_i;
-                        const Vec was = d[r];
-                        d[r] = d[r] * by_real + d[i] * by_imag;
-                        d[i] = d[i] * by_real - was * by_imag;
-                    }
+                for_numbers(a, c, [&](int64_t at, int64_t r, int64_t i, Vec by_real, Vec by_imag) {
+                    Vec* sums = reinterpret_cast<Vec*>(a.dweight + at * 2 * width + c);
+                    const Vec by_r = d[r] * spectrum[r] + d[i] * spectrum[i];
+                    const Vec by_i = d[i] * spectrum[r] - d[r] * spectrum[i];
+                    sums[0] = b ? sums[0] + by_r : by_r;
+                    sums[groups] = b ? sums[groups] + by_i : by_i;
+                    const Vec was = d[r];
+                    d[r] = was * by_real + d[i] * by_imag;
+                    d[i] = d[i] * by_real - was * by_imag;
+                });
                 back(a, a.turned_h, a.turned_w, d, between, [&](int64_t column, int64_t row, Vec sum) {
                     store(sum, a.dx + ((b * a.H + row) * a.W + column) * a.C + c, a.C - c);
                 });

@@ -189,20 +189,28 @@ __attribute__((noinline)) void accumulate(Vec (&to)[R][V], const typename Dot::E
         for (int j = 0; j < V; ++j) to[i][j] = sums[i][j];
 }
 
-// W (N, K) times a tile of K channels: `emit(n, v, sum)` for each of the N × V vectors that come out.
+// w (N, K) times V vectors, ldx apart in k: `emit(n, v, sum)` for each of the N × V that come out.
 template <int V, class Dot = Single, class Emit>
-inline __attribute__((always_inline)) void product(const typename Dot::Element* w, int64_t N, const Vec* x, int64_t K,
-                                                   Emit emit) {
+inline __attribute__((always_inline)) void product(const typename Dot::Element* w, int64_t N, const Vec* x, int64_t ldx,
+                                                   int64_t K, Emit emit) {
     const auto strip = [&](auto rows, int64_t n) __attribute__((always_inline)) {
         constexpr int R = decltype(rows)::value;
         Vec sums[R][V] = {};
-        accumulate<Dot>(sums, w + n * K, K, x, V, K);
+        accumulate<Dot>(sums, w + n * K, K, x, ldx, K);
         for (int i = 0; i < R; ++i)
             for (int v = 0; v < V; ++v) emit(n + i, v, sums[i][v]);
     };
     int64_t n = 0;
     for (; n + kR <= N; n += kR) strip(std::integral_constant<int, kR>{}, n);
+    for (; n + kR / 2 <= N; n += kR / 2) strip(std::integral_constant<int, kR / 2>{}, n);
     for (; n < N; ++n) strip(std::integral_constant<int, 1>{}, n);
+}
+
+// The same of a tile of K channels.
+template <int V, class Dot = Single, class Emit>
+inline __attribute__((always_inline)) void product(const typename Dot::Element* w, int64_t N, const Vec* x, int64_t K,
+                                                   Emit emit) {
+    product<V, Dot>(w, N, x, V, K, emit);
 }
 
 // 1/2 plus an odd polynomial of x, of least maximum error (by scipy's erf in double) over |x| ≤ limit; 0 and 1 beyond.
