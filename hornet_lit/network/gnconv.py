@@ -14,7 +14,7 @@ from torch import nn
 from hornet_lit.network.filters import Size
 from hornet_lit.network.layers import Recomputing, changed
 from hornet_lit.network.native.arguments import MAX_ORDER
-from hornet_lit.network.pixelwise import gated, norm_linear, usable
+from hornet_lit.network.pixelwise import gated, norm_linear, promoted, usable
 
 FilterFactory = Callable[..., nn.Module]
 
@@ -68,7 +68,7 @@ class GnConv(Recomputing):
     ) -> torch.Tensor | None:
         """``scale ⊙ gnConv(norm(x))``, plus x if ``residual``, in two fused operations and the filter; None where
         those cannot serve."""
-        linears = [*self.pws, self.proj_out]
+        x_BCHW, linears = promoted(x_BCHW, scale_C), [*self.pws, self.proj_out]
         if type(self).forward is not GnConv.forward or changed(self) or len(linears) > MAX_ORDER:
             return None
         if not usable(x_BCHW, norm, self.proj_in, *linears):

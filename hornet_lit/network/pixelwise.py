@@ -1,8 +1,9 @@
 """What HorNet does within a pixel, in three fused CPU operations, forward and backward: LayerNorm and a linear layer;
 gnConv's gated interactions and output projection; LayerNorm, MLP and residual.
 
-They run in C++ (native/pixelwise.cpp) where that could be built and the processor has AVX-512: in float32, and forward
-in bfloat16 too. Elsewhere `usable` says no, and the caller computes the same with PyTorch's own operations.
+They run in C++ (native/pixelwise.cpp) where that could be built and the processor has AVX-512: in float32 and under
+bfloat16's autocast, and forward alone in bfloat16. Elsewhere `usable` says no, and the caller computes the same with
+PyTorch's own operations.
 
 Shapes: B batch, C channels, H height, W width, N hidden channels, P channels of gnConv's p_0, Q = 2C - P.
 """
@@ -13,6 +14,7 @@ import ctypes
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -50,14 +52,21 @@ def usable(x_BCHW: torch.Tensor, *modules: nn.Module) -> bool:
         return False
     if autocast and (x_BCHW.dtype != torch.float32 or torch.get_autocast_dtype("cpu") != torch.bfloat16):
         return False
-    if pairs and torch.is_grad_enabled():  # there are backward kernels for float32 alone, and filters and γ train too
+    if x_BCHW.dtype == torch.bfloat16 and torch.is_grad_enabled():  # backward kernels are for float32 maps alone
         return False
-    if not all(_plain(m, x_BCHW.dtype, pairs) for m in modules):
+    if not all(_plain(m, x_BCHW.dtype) for m in modules):
         return False
     return len(modules[0].weight) == x_BCHW.shape[1]  # else the library's own error is the clearest
 
 
-def _plain(module: nn.Module, dtype: torch.dtype, pairs: bool) -> bool:
+def promoted(x_BCHW: torch.Tensor, scale_C: torch.Tensor | None) -> torch.Tensor:
+    """x as ``x + scale ⊙ …`` would promote it: what autocast's convolutions between stages give in bfloat16 becomes
+    float32, for which alone there are kernels under autocast."""
+    mixed = torch.is_autocast_enabled("cpu") and x_BCHW.device.type == "cpu" and x_BCHW.dtype == torch.bfloat16
+    return x_BCHW.float() if mixed and scale_C is not None and scale_C.dtype == torch.float32 else x_BCHW
+
+
+def _plain(module: nn.Module, dtype: torch.dtype) -> bool:
     if type(module) not in PLAIN or changed(module):
         return False
     if isinstance(module, nn.GELU):
@@ -67,8 +76,6 @@ def _plain(module: nn.Module, dtype: torch.dtype, pairs: bool) -> bool:
         if size != ((1, 1), (1, 1), (0, 0), 1):
             return False
     if module.bias is None or module.bias.shape != module.weight.shape[:1]:
-        return False
-    if module.weight.ndim > 1 and pairs and module.weight.shape[1] % 2:
         return False
     return all(type(p) in (torch.Tensor, nn.Parameter) and p.dtype == dtype for p in (module.weight, module.bias))
 
@@ -100,7 +107,10 @@ def _weight(linear: nn.Conv2d | nn.Linear, x_BCHW: torch.Tensor, size: tuple[int
     weight_NK = linear.weight.flatten(1)
     if tuple(weight_NK.shape) != size:
         raise ValueError(f"a layer of {size[1]} channels in and {size[0]} out belongs here, not {linear}")
-    return weight_NK.to(_weights_type(x_BCHW)).contiguous()
+    weight_NK = weight_NK.to(_weights_type(x_BCHW))
+    if weight_NK.dtype == torch.bfloat16 and size[1] % 2:
+        weight_NK = F.pad(weight_NK, (0, 1))  # the kernels multiply pairs
+    return weight_NK.contiguous()
 
 
 def _vector(vector: torch.Tensor) -> torch.Tensor:
@@ -130,7 +140,7 @@ def _norm_linear(
     x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], eps: float, first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (weight_NC, bias_N, *norm), x = parameters, rows(x_BCHW)
-    n, c = weight_NC.shape
+    n, c = len(weight_NC), x_BCHW.shape[1]
     p_BPHW, q_BQHW = (map_like(x_BCHW, width, weight_NC.dtype) for width in (first, n - first))
     pointers = _pointers(x=x, w=weight_NC, b=bias_N, p=p_BPHW, q=q_BQHW)
     arguments = Linear(K=c, N=n, P=first, norm=Norm(*map(pointer, norm), eps), **pointers)
@@ -149,12 +159,14 @@ def _norm_linear_backward(
     dp_BPHW: torch.Tensor, dq_BQHW: torch.Tensor, x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], eps: float
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     (weight_NC, _, *norm), x, threads = parameters, rows(x_BCHW), torch.get_num_threads()
-    (n, c), dp, dq = weight_NC.shape, rows(dp_BPHW), rows(dq_BQHW)
-    dx_BCHW, dw_NC, dvectors = map_like(x_BCHW, c), torch.empty_like(weight_NC), x_BCHW.new_empty(n + 2 * c)
+    n, c, dp, dq = len(weight_NC), x_BCHW.shape[1], rows(dp_BPHW), rows(dq_BQHW)
+    dx_BCHW, dvectors = map_like(x_BCHW, c), x_BCHW.new_empty(n + 2 * c)
+    dw_NC = torch.empty_like(weight_NC, dtype=torch.float32)
     pointers = _pointers(x=x, w=weight_NC, p=dp, q=dq, dx=dx_BCHW, dw=dw_NC, dvectors=dvectors)
     arguments = Linear(K=c, N=n, P=dp.shape[-1], norm=Norm(*map(pointer, norm), eps), **pointers)
-    _run("linear_backward_f32", arguments, x.numel() // c, threads, _workers([weight_NC], threads))
-    return dx_BCHW, [dw_NC, *(v.clone() for v in dvectors.split([n, c, c]))]
+    name = f"linear_backward_{_type(x_BCHW, weight_NC)}"
+    _run(name, arguments, x.numel() // c, threads, _workers([weight_NC], threads))
+    return dx_BCHW, [dw_NC.to(weight_NC.dtype), *(v.clone() for v in dvectors.split([n, c, c]))]
 
 
 @_norm_linear_backward.register_fake
@@ -194,8 +206,8 @@ def _norm_mlp(
     x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], eps: float, residual: bool, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (w1_NC, b1_N, w2_CN, b2_C, scale_C, *norm), x, threads = parameters, rows(x_BCHW), torch.get_num_threads()
-    n, c = w1_NC.shape
-    y_BCHW, hidden = map_like(x_BCHW, c), _hidden(x_BCHW, n, keep)
+    n, c = len(w1_NC), x_BCHW.shape[1]
+    y_BCHW, hidden = map_like(x_BCHW, c), _hidden(x_BCHW, w1_NC, keep)
     pointers = _pointers(x=x, w1=w1_NC, b1=b1_N, w2=w2_CN, b2=b2_C, scale=scale_C, y=y_BCHW)
     if keep:
         hidden[-1] = threads
@@ -207,14 +219,16 @@ def _norm_mlp(
 
 @_norm_mlp.register_fake
 def _(x_BCHW, parameters, eps, residual, keep):  # type: ignore[no-untyped-def]
-    return map_like(x_BCHW, x_BCHW.shape[1]), _hidden(x_BCHW, len(parameters[0]), keep)
+    return map_like(x_BCHW, x_BCHW.shape[1]), _hidden(x_BCHW, parameters[0], keep)
 
 
-def _hidden(x_BCHW: torch.Tensor, channels: int, keep: bool) -> torch.Tensor:
-    """Room for the hidden activations in the kernel's own order, which depends on the number of threads: that is the
-    last element."""
+def _hidden(x_BCHW: torch.Tensor, w1_NC: torch.Tensor, keep: bool) -> torch.Tensor:
+    """Room for the hidden activations, of the weights' type and in the kernel's own order, which depends on the number
+    of threads: that is the last element."""
     b, _, h, w = x_BCHW.shape
-    return x_BCHW.new_empty((b * h * w + LANES - 1) // LANES * LANES * channels + 1 if keep else 0, dtype=torch.float32)
+    elements = (b * h * w + LANES - 1) // LANES * LANES * len(w1_NC)
+    floats = elements * w1_NC.element_size() // 4 + 1 if keep else 0
+    return x_BCHW.new_empty(floats, dtype=torch.float32)
 
 
 @torch.library.custom_op("hornet_lit::norm_mlp_backward", mutates_args=())
@@ -227,15 +241,16 @@ def _norm_mlp_backward(
     residual: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     (w1_NC, _, w2_CN, b2_C, scale_C, *norm), x, dy = parameters, rows(x_BCHW), rows(dy_BCHW)
-    (n, c), threads = w1_NC.shape, int(hidden[-1])
+    n, c, threads = len(w1_NC), x_BCHW.shape[1], int(hidden[-1])
     dx_BCHW, dvectors = map_like(x_BCHW, c), x_BCHW.new_empty(n + 3 * c)
-    dw1_NC, dw2_CN, dscale_C = (torch.empty_like(t) for t in (w1_NC, w2_CN, scale_C))
+    dw1_NC, dw2_CN, dscale_C = (torch.empty_like(t, dtype=torch.float32) for t in (w1_NC, w2_CN, scale_C))
     pointers = _pointers(x=x, w1=w1_NC, w2=w2_CN, b2=b2_C, scale=scale_C, h=hidden, dy=dy)
     pointers |= _pointers(dx=dx_BCHW, dw1=dw1_NC, dw2=dw2_CN, dvectors=dvectors, dscale=dscale_C)
     arguments = Mlp(C=c, N=n, residual=residual, norm=Norm(*map(pointer, norm), eps), **pointers)
-    _run("mlp_backward_f32", arguments, x.numel() // c, threads, _workers([w1_NC, w2_CN], threads))
+    name = f"mlp_backward_{_type(x_BCHW, w1_NC)}"
+    _run(name, arguments, x.numel() // c, threads, _workers([w1_NC, w2_CN], threads))
     db1_N, db2_C, *dnorm = (v.clone() for v in dvectors.split([n, c, c, c]))
-    return dx_BCHW, [dw1_NC, db1_N, dw2_CN, db2_C, dscale_C, *dnorm]
+    return dx_BCHW, [dw1_NC.to(w1_NC.dtype), db1_N, dw2_CN.to(w2_CN.dtype), db2_C, dscale_C, *dnorm]
 
 
 @_norm_mlp_backward.register_fake
@@ -329,14 +344,16 @@ def _gates_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     p, gates, dy, threads = rows(p_BPHW), rows(gates_BQHW), rows(dy_BCHW), torch.get_num_threads()
     dp_BPHW, dgates_BQHW = map_like(p_BPHW, p.shape[-1]), map_like(p_BPHW, gates.shape[-1])
-    dws, dscale_C = [torch.empty_like(w) for w in weights], torch.empty_like(scale_C)
+    dws, dscale_C = [torch.empty_like(w, dtype=torch.float32) for w in weights], torch.empty_like(scale_C)
     widths = [len(w) for w in weights]
-    dvectors = p.new_empty(sum(widths))
+    dvectors = scale_C.new_empty(sum(widths))
     arguments = _gates_arguments(p, gates, weights, biases, scale_C)
     arguments.dy, arguments.dp, arguments.dgates = pointer(dy), pointer(dp_BPHW), pointer(dgates_BQHW)
     arguments.dw = (Pointer * MAX_ORDER)(*map(pointer, dws))
     arguments.dvectors, arguments.dscale = pointer(dvectors), pointer(dscale_C)
-    _run("gates_backward_f32", arguments, p.numel() // p.shape[-1], threads, _workers(weights, threads))
+    name = f"gates_backward_{_type(dy_BCHW, p)}"
+    _run(name, arguments, p.numel() // p.shape[-1], threads, _workers(weights, threads))
+    dws = [dw.to(w.dtype) for dw, w in zip(dws, weights, strict=True)]
     return dp_BPHW, dgates_BQHW, dws, [db.clone() for db in dvectors.split(widths)], dscale_C
 
 

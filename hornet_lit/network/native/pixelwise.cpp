@@ -2,7 +2,10 @@
 // gnConv's gated interactions with its output projection; LayerNorm, MLP and residual (HorNet equations 3.1 to 3.4).
 //
 // X is the element of the residual stream (x, y), Dot::Element that of weights and of what gnConv filters; vectors
-// (biases, scales, norms) are always float. Backward kernels are for float alone; what d* point to is written.
+// (biases, scales, norms) are always float. What d* point to is written. Backward kernels are
+// for float streams alone.
+//
+// Rows of weights are whole numbers of what a product multiplies (see `whole`); those of their gradients too.
 //
 // M pixels, C channels, K channels in, N channels out, T threads, V vectors of pixels.
 
@@ -21,7 +24,8 @@ struct Linear {
     const Element* w;
     const float* b;
     Element *p, *q;
-    float *dx, *dw, *dvectors;
+    X* dx;
+    float *dw, *dvectors;
 };
 
 template <class X, class Dot>
@@ -34,34 +38,37 @@ void linear_forward(const Linear<X, typename Dot::Element>& a, int64_t M, int64_
         affine<V>(x, a.K, a.norm, x);
         pack<Dot>(x, a.K, V);
         product<V, Dot>(a.w, a.N, x, a.K, [&](int64_t n, int v, Vec sum) { out[n * V + v] = sum + a.b[n]; });
-        leave<V>(out, t.rows, a.P, a.p + t.first * a.P, a.P);
-        leave<V>(out + a.P * V, t.rows, a.N - a.P, a.q + t.first * (a.N - a.P), a.N - a.P);
+        leave<V>(out, t.rows, a.P, a.p + t.first * a.P);
+        leave<V>(out + a.P * V, t.rows, a.N - a.P, a.q + t.first * (a.N - a.P));
     });
 }
 
 // Vectors: b, norm.weight, norm.bias.
-void linear_backward(const Linear<float, float>& a, int64_t M, int64_t T, int64_t workers) {
-    Sums sums;
-    sums.add(a.N, a.K, a.dw);
+template <class X, class Dot>
+void linear_backward(const Linear<X, typename Dot::Element>& a, int64_t M, int64_t T, int64_t workers) {
+    Sums<Dot> sums;
+    sums.add(a.N, whole<Dot>(a.K), a.dw);
     sums.elements = a.N + 2 * a.K, sums.vectors_to = a.dvectors;
-    Vec* turned = turned_weight(a.w, a.N, a.K, T);
-    const float* w = reinterpret_cast<const float*>(turned);
-    const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept& kept, Vec* lanes) {
+    auto* w = turned_weight<Dot>(a.w, a.N, a.K, T);
+    const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept<Dot>& kept, Vec* lanes) {
         constexpr int V = decltype(size)::value;
-        Vec *x = scratch, *in = x + a.K * V, *dx = in + a.K * V, *d = kept.d[0], inverse[V];
+        Vec *x = scratch, *in = x + a.K * V, *dx = in + a.K * V, inverse[V];
+        const auto [d, D] = in_place<Dot, V>(kept.d[0], dx + a.K * V);
         enter<V>(a.x + t.first * a.K, t.rows, a.K, x);
-        enter<V>(a.p + t.first * a.P, t.rows, a.P, d);
-        enter<V>(a.q + t.first * (a.N - a.P), t.rows, a.N - a.P, d + a.P * V);
+        enter<V>(a.p + t.first * a.P, t.rows, a.P, d, D);
+        enter<V>(a.q + t.first * (a.N - a.P), t.rows, a.N - a.P, d + a.P * D, D);
         standardise<V>(x, a.K, a.norm.eps, inverse);
         affine<V>(x, a.K, a.norm, in);
-        turn<V>(in, a.K, kept.rows[0]);
-        add_lanes<V>(d, a.N, lanes);
-        product<V>(w, a.K, d, a.N, [&](int64_t k, int v, Vec sum) { dx[k * V + v] = sum; });
+        turn<Dot, V>(in, a.K, kept.rows[0]);
+        add_lanes<V>(d, a.N, lanes, D);
+        if (Dot::kDepth > 1) keep<Dot, V>(d, a.N, kept.d[0]);
+        pack<Dot>(d, a.N, V);
+        product<V, Dot>(w, a.K, d, D, a.N, [&](int64_t k, int v, Vec sum) { dx[k * V + v] = sum; });
         norm_back<V>(dx, x, inverse, a.K, a.norm, lanes + a.N, lanes + a.N + a.K);
-        leave<V>(dx, t.rows, a.K, a.dx + t.first * a.K, a.K);
+        leave<V>(dx, t.rows, a.K, a.dx + t.first * a.K);
     };
-    for_tiles_back(M, T, workers, 3 * a.K, sums, run);
-    std::free(turned);
+    for_tiles_back(M, T, workers, 3 * a.K + a.N, sums, run);
+    std::free(w);
 }
 
 // y = x + scale ⊙ (W₂·GELU(h) + b₂), h = W₁·norm(x) + b₁, kept in tiles if not null; y - x if not residual.
@@ -74,11 +81,12 @@ struct Mlp {
     const float* b1;
     const Element* w2;
     const float *b2, *scale;
-    float* h;
+    Element* h;
     X* y;
     int64_t residual;
-    const float* dy;
-    float *dx, *dw1, *dw2, *dvectors, *dscale;
+    const X* dy;
+    X* dx;
+    float *dw1, *dw2, *dvectors, *dscale;
 };
 
 template <class X, class Dot>
@@ -86,7 +94,7 @@ void mlp_forward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T) {
     for_tiles(M, T, 2 * a.C + a.N, [&](auto size, const Tile& t, Vec* scratch) {
         constexpr int V = decltype(size)::value;
         Vec *x = scratch, *y = x + a.C * V, *hidden = y + a.C * V, inverse[V];
-        float* kept = a.h ? a.h + t.first * a.N : nullptr;
+        auto* kept = a.h ? a.h + t.first * a.N : nullptr;
         enter<V>(a.x + t.first * a.C, t.rows, a.C, y);
         std::memcpy(x, y, a.C * V * sizeof(Vec));
         standardise<V>(x, a.C, a.norm.eps, inverse);
@@ -102,46 +110,50 @@ void mlp_forward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T) {
             const Vec branch = (sum + a.b2[c]) * a.scale[c];
             y[c * V + v] = a.residual ? y[c * V + v] + branch : branch;
         });
-        leave<V>(y, t.rows, a.C, a.y + t.first * a.C, a.C);
+        leave<V>(y, t.rows, a.C, a.y + t.first * a.C);
     });
 }
 
 // Vectors: b1, b2, norm.weight, norm.bias.
-void mlp_backward(const Mlp<float, float>& a, int64_t M, int64_t T, int64_t workers) {
-    Sums sums;
-    sums.add(a.N, a.C, a.dw1), sums.add(a.N, a.C, a.dw2);
+template <class X, class Dot>
+void mlp_backward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T, int64_t workers) {
+    Sums<Dot> sums;
+    sums.add(a.N, whole<Dot>(a.C), a.dw1), sums.add(a.N, a.C, a.dw2);
     sums.elements = a.N + 3 * a.C, sums.vectors_to = a.dvectors;
     sums.w = a.w2, sums.b = a.b2, sums.scale = a.scale, sums.bias = a.N, sums.dscale = a.dscale;
-    Vec *turned1 = turned_weight(a.w1, a.N, a.C, T), *turned2 = turned_weight(a.w2, a.C, a.N, T);
-    const float *w1 = reinterpret_cast<const float*>(turned1), *w2 = reinterpret_cast<const float*>(turned2);
-    const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept& kept, Vec* lanes) {
+    auto *w1 = turned_weight<Dot>(a.w1, a.N, a.C, T), *w2 = turned_weight<Dot>(a.w2, a.C, a.N, T);
+    const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept<Dot>& kept, Vec* lanes) {
         constexpr int V = decltype(size)::value;
-        Vec *x = scratch, *in = x + a.C * V, *dy = in + a.C * V, *dx = dy + a.C * V, inverse[V];
-        Vec *dh = kept.d[0], *hidden = kept.d[1];
-        const float* kept_h = a.h + t.first * a.N;  // at any address: hooks may have moved what was kept
+        Vec *x = scratch, *in = x + a.C * V, *dy = in + a.C * V, *dx = dy + a.C * V, *next = dx + a.C * V, inverse[V];
+        const auto [dh, D] = in_place<Dot, V>(kept.d[0], next);
+        const auto* kept_h = a.h + t.first * a.N;  // at any address: hooks may have moved what was kept
         enter<V>(a.dy + t.first * a.C, t.rows, a.C, dy);
-        turn<V>(dy, a.C, kept.rows[1]);
+        turn<Dot, V>(dy, a.C, kept.rows[1]);
         scaled<V>(dy, a.C, a.scale, dx);
-        product<V>(w2, a.N, dx, a.C, [&](int64_t n, int v, Vec sum) {
+        pack<Dot>(dx, a.C, V);
+        product<V, Dot>(w2, a.N, dx, a.C, [&](int64_t n, int v, Vec sum) {
             const Vec h = load(kept_h + (n * V + v) * kLanes, kLanes);
-            hidden[n * V + v] = h * normal_cdf<Single>(h);
-            dh[n * V + v] = sum * gelu_slope(h);
+            const Vec d = sum * gelu_slope<Dot>(h);
+            store(h * normal_cdf<Dot>(h), kept.d[1] + (n * kWidth + v) * kLanes, kLanes);
+            dh[n * D + v] = d;
+            lanes[n] += d;
         });
         enter<V>(a.x + t.first * a.C, t.rows, a.C, x);
         standardise<V>(x, a.C, a.norm.eps, inverse);
         affine<V>(x, a.C, a.norm, in);
-        turn<V>(in, a.C, kept.rows[0]);
-        add_lanes<V>(dh, a.N, lanes);
+        turn<Dot, V>(in, a.C, kept.rows[0]);
         add_lanes<V>(dy, a.C, lanes + a.N);
-        product<V>(w1, a.C, dh, a.N, [&](int64_t c, int v, Vec sum) { dx[c * V + v] = sum; });
+        if (Dot::kDepth > 1) keep<Dot, V>(dh, a.N, kept.d[0]);
+        pack<Dot>(dh, a.N, V);
+        product<V, Dot>(w1, a.C, dh, D, a.N, [&](int64_t c, int v, Vec sum) { dx[c * V + v] = sum; });
         norm_back<V>(dx, x, inverse, a.C, a.norm, lanes + a.N + a.C, lanes + a.N + 2 * a.C);
         if (a.residual)
             for (int64_t i = 0; i < a.C * V; ++i) dx[i] += dy[i];
-        leave<V>(dx, t.rows, a.C, a.dx + t.first * a.C, a.C);
+        leave<V>(dx, t.rows, a.C, a.dx + t.first * a.C);
     };
-    for_tiles_back(M, T, workers, 4 * a.C, sums, run);
-    std::free(turned1);
-    std::free(turned2);
+    for_tiles_back(M, T, workers, 4 * a.C + a.N, sums, run);
+    std::free(w1);
+    std::free(w2);
 }
 
 // z₀ = p ⊙ g₀, z_{k+1} = (W_k·z_k + b_k) ⊙ g_{k+1}; y = x + scale ⊙ (W·z + b), the last w and b; y - x if no x.
@@ -153,8 +165,9 @@ struct Gates {
     const float *b[kMaxOrder], *scale;
     const X* x;
     X* y;
-    const float* dy;
-    float *dp, *dgates, *dw[kMaxOrder], *dvectors, *dscale;
+    const X* dy;
+    Element *dp, *dgates;
+    float *dw[kMaxOrder], *dvectors, *dscale;
     int64_t filtered() const { return 2 * C - first; }
 };
 
@@ -182,25 +195,25 @@ void gates_forward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t 
             const Vec branch = (sum + b[c]) * a.scale[c];
             y[c * V + v] = a.x ? y[c * V + v] + branch : branch;
         });
-        leave<V>(y, t.rows, a.C, a.y + t.first * a.C, a.C);
+        leave<V>(y, t.rows, a.C, a.y + t.first * a.C);
     });
 }
 
 // Interactions are computed again. Vectors: all b.
-void gates_backward(const Gates<float, float>& a, int64_t M, int64_t T, int64_t workers) {
+template <class X, class Dot>
+void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t T, int64_t workers) {
     const int64_t Q = a.filtered(), last = a.order - 1;
-    Sums sums;
-    Vec* turned[kMaxOrder];
+    Sums<Dot> sums;
+    typename Dot::Element* turned[kMaxOrder];
     for (int64_t k = 0, width = a.first; k < a.order; ++k, width *= 2) {
         const int64_t out = k < last ? 2 * width : a.C, in = k < last ? width : a.C;
-        sums.add(out, in, a.dw[k]);
-        turned[k] = turned_weight(a.w[k], out, in, T);
+        sums.add(out, k < last ? whole<Dot>(in) : in, a.dw[k]);
+        turned[k] = turned_weight<Dot>(a.w[k], out, in, T);
     }
-    const auto weight = [&](int64_t k) { return reinterpret_cast<const float*>(turned[k]); };
     sums.elements = 3 * a.C - 2 * a.first, sums.vectors_to = a.dvectors;
     sums.w = a.w[last], sums.b = a.b[last], sums.scale = a.scale;
     sums.bias = 2 * (a.C - a.first), sums.dscale = a.dscale;
-    const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept& kept, Vec* lanes) {
+    const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept<Dot>& kept, Vec* lanes) {
         constexpr int V = decltype(size)::value;
         // Of z, of the gates g, and of the products u that they multiply, order k begins where its width - first is.
         Vec *p = scratch, *z = p + a.first * V, *g = z + Q * V, *u = g + Q * V, *dy = u + Q * V;
@@ -212,39 +225,45 @@ void gates_backward(const Gates<float, float>& a, int64_t M, int64_t T, int64_t 
         for (int64_t k = 0; k < last; ++k, width *= 2) {
             const int64_t next = 2 * width - a.first;
             const float* b = a.b[k];
-            const Vec* from = z + (width - a.first) * V;
-            turn<V>(from, width, kept.rows[k]);
-            product<V>(a.w[k], 2 * width, from, width, [&](int64_t n, int v, Vec sum) {
+            Vec* from = z + (width - a.first) * V;
+            turn<Dot, V>(from, width, kept.rows[k]);
+            pack<Dot>(from, width, V);
+            product<V, Dot>(a.w[k], 2 * width, from, width, [&](int64_t n, int v, Vec sum) {
                 const int64_t i = (next + n) * V + v;
                 u[i] = sum + b[n], z[i] = u[i] * g[i];
             });
         }
         enter<V>(a.dy + t.first * a.C, t.rows, a.C, dy);
-        turn<V>(dy, a.C, kept.rows[last]);
-        std::memcpy(kept.d[last], z + (a.C - a.first) * V, a.C * V * sizeof(Vec));
+        turn<Dot, V>(dy, a.C, kept.rows[last]);
+        keep<Dot, V>(z + (a.C - a.first) * V, a.C, kept.d[last]);
         lanes += 2 * (a.C - a.first);
         add_lanes<V>(dy, a.C, lanes);
         scaled<V>(dy, a.C, a.scale, other);
-        product<V>(weight(last), a.C, other, a.C, [&](int64_t c, int v, Vec sum) { dz[c * V + v] = sum; });
+        pack<Dot>(other, a.C, V);
+        product<V, Dot>(turned[last], a.C, other, a.C, [&](int64_t c, int v, Vec sum) { dz[c * V + v] = sum; });
         for (int64_t k = last - 1; k >= 0; --k) {
             width /= 2;
             const int64_t next = (2 * width - a.first) * V;
-            Vec* du = kept.d[k];
-            for (int64_t i = 0; i < 2 * width * V; ++i) {
-                du[i] = dz[i] * g[next + i];
-                g[next + i] = dz[i] * u[next + i];
-            }
+            const auto [du, D] = in_place<Dot, V>(kept.d[k], other);
+            for (int64_t n = 0; n < 2 * width; ++n)
+                for (int64_t v = 0; v < V; ++v) {
+                    const int64_t i = n * V + v;
+                    du[n * D + v] = dz[i] * g[next + i];
+                    g[next + i] = dz[i] * u[next + i];
+                }
             lanes -= 2 * width;
-            add_lanes<V>(du, 2 * width, lanes);
-            product<V>(weight(k), width, du, 2 * width, [&](int64_t n, int v, Vec sum) { dz[n * V + v] = sum; });
+            add_lanes<V>(du, 2 * width, lanes, D);
+            if (Dot::kDepth > 1) keep<Dot, V>(du, 2 * width, kept.d[k]);
+            pack<Dot>(du, 2 * width, V);
+            product<V, Dot>(turned[k], width, du, D, 2 * width, [&](int64_t n, int v, Vec sum) { dz[n * V + v] = sum; });
         }
         for (int64_t i = 0; i < a.first * V; ++i) {
             const Vec gate = g[i];
             g[i] = dz[i] * p[i];
             dz[i] *= gate;
         }
-        leave<V>(dz, t.rows, a.first, a.dp + t.first * a.first, a.first);
-        leave<V>(g, t.rows, Q, a.dgates + t.first * Q, Q);
+        leave<V>(dz, t.rows, a.first, a.dp + t.first * a.first);
+        leave<V>(g, t.rows, Q, a.dgates + t.first * Q);
     };
     for_tiles_back(M, T, workers, a.first + 3 * Q + 3 * a.C, sums, run);
     for (int64_t k = 0; k < a.order; ++k) std::free(turned[k]);
@@ -263,21 +282,25 @@ void gates_backward(const Gates<float, float>& a, int64_t M, int64_t T, int64_t 
         gates_forward<X, Dot>(*static_cast<const Gates<X, Dot::Element>*>(a), M, T);                     \
     }
 
+#define BACKWARD(type, X, Dot)                                                                           \
+    void linear_backward_##type(const void* a, int64_t M, int64_t T, int64_t workers) {                  \
+        linear_backward<X, Dot>(*static_cast<const Linear<X, Dot::Element>*>(a), M, T, workers);         \
+    }                                                                                                    \
+    void mlp_backward_##type(const void* a, int64_t M, int64_t T, int64_t workers) {                     \
+        mlp_backward<X, Dot>(*static_cast<const Mlp<X, Dot::Element>*>(a), M, T, workers);               \
+    }                                                                                                    \
+    void gates_backward_##type(const void* a, int64_t M, int64_t T, int64_t workers) {                   \
+        gates_backward<X, Dot>(*static_cast<const Gates<X, Dot::Element>*>(a), M, T, workers);           \
+    }
+
 extern "C" {
 FORWARD(f32, float, Single)
+BACKWARD(f32, float, Single)
 #ifdef __AVX512BF16__
 FORWARD(bf16, uint16_t, Pairs)
 FORWARD(mixed, float, Pairs)
+BACKWARD(mixed, float, Pairs)
 #endif
-void linear_backward_f32(const Linear<float, float>* a, int64_t M, int64_t T, int64_t workers) {
-    linear_backward(*a, M, T, workers);
-}
-void mlp_backward_f32(const Mlp<float, float>* a, int64_t M, int64_t T, int64_t workers) {
-    mlp_backward(*a, M, T, workers);
-}
-void gates_backward_f32(const Gates<float, float>* a, int64_t M, int64_t T, int64_t workers) {
-    gates_backward(*a, M, T, workers);
-}
 }
 
 #endif

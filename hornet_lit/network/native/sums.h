@@ -3,6 +3,8 @@
 // M pixels, C channels, K channels in, N channels out, T threads, V vectors of pixels, R rows of a product at a time.
 #pragma once
 
+#include <utility>
+
 #include "tiles.h"
 
 namespace {
@@ -10,94 +12,125 @@ namespace {
 // Vectors from row to row of turned tiles: an odd number, or all rows would share a few sets of the first-level cache.
 inline int64_t pitch(int64_t C) { return vectors(C) | 1; }
 
-// A tile as rows of whole vectors, for sums over pixels.
-template <int V>
+// A tile as rows of whole vectors, for sums over pixels: a row for each pixel, or for each pair of them.
+template <class Dot, int V>
 void turn(const Vec* tile, int64_t C, Vec* rows) {
-    leave<V>(tile, V * kLanes, C, reinterpret_cast<float*>(rows), pitch(C) * kLanes);
+    for (int64_t v = 0; v < V; v += Dot::kDepth)
+        for (int64_t c = 0; c < C; c += kLanes) {
+            const bool two = Dot::kDepth > 1 && v + 1 < V;
+            Vec r[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) {
+                const Vec* from = tile + (c + i) * V + v;
+                r[i] = c + i < C ? Dot::joined(from[0], two ? from[1] : Vec{}) : Vec{};
+            }
+            transpose(r);
+            for (int64_t i = 0; i < (two ? kLanes : kLanes / Dot::kDepth); ++i)
+                rows[(v * kLanes / Dot::kDepth + i) * pitch(C) + c / kLanes] = r[i];
+        }
 }
 
 // The gradients that a backward kernel adds up over pixels, each thread on its own: of weights, Σ over pixels of
 // d(n, pixel) · x(pixel, k), each (N, vectors(K) · 16); behind them 16 lanes for each element of vectors. d and x are
 // kept for a group of tiles, so that the sums, which fill the caches, are read and written less often.
+template <class Dot>
 struct Sums {
     int count = 0;
     int64_t N[kMaxOrder], K[kMaxOrder], size = 0;  // of floats
     float* weights[kMaxOrder];                     // where they go in the end, (N, K)
-    void add(int64_t n, int64_t k, float* weight) {
+    void add(int64_t n, int64_t k, float* weight) {  // k: of a whole row
         N[count] = n, K[count] = k, weights[count++] = weight, size += n * vectors(k) * kLanes;
     }
     int64_t elements = 0;  // of all vectors, and where they go
     float* vectors_to = nullptr;
-    // If not null: the last weight is that of scale ⊙ (W·x + b) and summed up turned, (K, N) for W (N, K), as if scale
-    // were 1; so is b, from element `bias` on. Scale's gradient, Σ d ⊙ (W·x + b), is W's rows times their sums, and b
+    // If not null: the last weight is that of scale ⊙ (W·x + b) and summed up turned, (K, N) for W (N, K), its rows whole,
+    // as if scale were 1; so is b, from element `bias` on. Scale's gradient, Σ d ⊙ (W·x + b), is W's rows times their sums, and b
     // times its.
-    const float *w = nullptr, *b, *scale;
+    const typename Dot::Element* w = nullptr;
+    const float *b, *scale;
     int64_t bias;
     float* dscale;
     int64_t share() const { return size + elements * kLanes; }
 };
 
-struct Kept {  // of one tile
-    Vec *d[kMaxOrder], *rows[kMaxOrder];
+constexpr int64_t kWidth = kGroup * kMaxV;  // vectors from channel to channel of what is kept of a group of tiles
+
+template <class Dot>
+struct Kept {  // of a group, or from one of its tiles on
+    typename Dot::Element* d[kMaxOrder];  // channels kWidth · 16 apart
+    Vec* rows[kMaxOrder];
     int64_t pixels;
 };
 
-template <int R, int V>
-void add_outer(const Kept* tiles, int64_t count, int i, int64_t n, int64_t k, int64_t width, Vec* to) {
+// Where to compute a tile that becomes a d, and its pitch: floats at once where they are kept.
+template <class Dot, int V>
+std::pair<Vec*, int64_t> in_place(typename Dot::Element* d, Vec* scratch) {
+    if (Dot::kDepth > 1) return {scratch, V};
+    return {reinterpret_cast<Vec*>(d), kWidth};
+}
+
+// A tile as the d of sums.
+template <class Dot, int V>
+void keep(const Vec* tile, int64_t N, typename Dot::Element* d) {
+    for (int64_t n = 0; n < N; ++n)
+        for (int64_t v = 0; v < V; ++v) store(tile[n * V + v], d + (n * kWidth + v) * kLanes, kLanes);
+}
+
+template <class Dot, int R, int V>
+void add_outer(const Kept<Dot>& kept, int i, int64_t n, int64_t k, int64_t width, Vec* to) {
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) __builtin_prefetch(to + (n + r) * width + k + v, 1);
     Vec sums[R][V] = {};
-    for (int64_t t = 0; t < count; ++t) {
-        const int64_t pixels = tiles[t].pixels;
-        const float* d = reinterpret_cast<const float*>(tiles[t].d[i]) + n * pixels;
-        accumulate<Single>(sums, d, pixels, tiles[t].rows[i] + k, width | 1, pixels);
-    }
+    const int64_t pitch = kWidth * kLanes;
+    accumulate<Dot>(sums, kept.d[i] + n * pitch, pitch, kept.rows[i] + k, width | 1, kept.pixels);
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) to[(n + r) * width + k + v] += sums[r][v];
 }
 
-template <int R>
-void add_rows(const Kept* tiles, int64_t count, int i, int64_t n, int64_t width, Vec* to) {
+template <class Dot, int R>
+void add_rows(const Kept<Dot>& kept, int i, int64_t n, int64_t width, Vec* to) {
     for (int64_t k = 0; k < width;) {
         const int64_t left = width - k;
         if (left == 1) {
-            add_outer<R, 1>(tiles, count, i, n, k, width, to), k += 1;
+            add_outer<Dot, R, 1>(kept, i, n, k, width, to), k += 1;
         } else if (left == 2 || left == 4) {
-            add_outer<R, 2>(tiles, count, i, n, k, width, to), k += 2;
+            add_outer<Dot, R, 2>(kept, i, n, k, width, to), k += 2;
         } else {
-            add_outer<R, 3>(tiles, count, i, n, k, width, to), k += 3;
+            add_outer<Dot, R, 3>(kept, i, n, k, width, to), k += 3;
         }
     }
 }
 
-void add_weights(const Sums& sums, const Kept* tiles, int64_t count, float* to) {
+template <class Dot>
+void add_weights(const Sums<Dot>& sums, const Kept<Dot>& kept, float* to) {
     for (int i = 0; i < sums.count; ++i) {
         const int64_t N = sums.N[i], width = vectors(sums.K[i]);
         int64_t n = 0;
-        for (; n + kR <= N; n += kR) add_rows<kR>(tiles, count, i, n, width, reinterpret_cast<Vec*>(to));
-        for (; n < N; ++n) add_rows<1>(tiles, count, i, n, width, reinterpret_cast<Vec*>(to));
+        for (; n + kR <= N; n += kR) add_rows<Dot, kR>(kept, i, n, width, reinterpret_cast<Vec*>(to));
+        for (; n < N; ++n) add_rows<Dot, 1>(kept, i, n, width, reinterpret_cast<Vec*>(to));
         to += N * width * kLanes;
     }
 }
 
 template <int V>
-void add_lanes(const Vec* d, int64_t N, Vec* lanes) {
+void add_lanes(const Vec* d, int64_t N, Vec* lanes, int64_t pitch = V) {
     for (int64_t n = 0; n < N; ++n)
-        for (int64_t v = 0; v < V; ++v) lanes[n] += d[n * V + v];
+        for (int64_t v = 0; v < V; ++v) lanes[n] += d[n * pitch + v];
 }
 
-// w (N, K) to (K, N).
-inline Vec* turned_weight(const float* w, int64_t N, int64_t K, int64_t T) {
-    float* to = reinterpret_cast<float*>(allocated(vectors(N * K)));
-#pragma omp parallel for num_threads(T) schedule(static)
+// w (N, K) to (K, N), the rows of both whole.
+template <class Dot, class T = typename Dot::Element>
+T* turned_weight(const T* w, int64_t N, int64_t K, int64_t threads) {
+    const int64_t from_pitch = whole<Dot>(K), to_pitch = whole<Dot>(N);
+    T* to = reinterpret_cast<T*>(allocated(vectors(K * to_pitch)));
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < N; n += kLanes)
         for (int64_t k = 0; k < K; k += kLanes) {
             Vec r[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i) r[i] = n + i < N ? load(w + (n + i) * K + k, K - k) : Vec{};
+            for (int64_t i = 0; i < kLanes; ++i) r[i] = n + i < N ? load(w + (n + i) * from_pitch + k, K - k) : Vec{};
             transpose(r);
-            for (int64_t i = 0; i < kLanes && k + i < K; ++i) store(r[i], to + (k + i) * N + n, N - n);
+            for (int64_t i = 0; i < kLanes && k + i < K; ++i) store(r[i], to + (k + i) * to_pitch + n, to_pitch - n);
         }
-    return reinterpret_cast<Vec*>(to);
+    return to;
 }
 
 inline Vec summed(const float* from, int64_t share, int64_t T) {
@@ -113,7 +146,8 @@ inline float across(Vec v) {
 }
 
 // All threads' sums to where they go.
-inline void finish(const Sums& s, const float* from, int64_t T) {
+template <class Dot>
+void finish(const Sums<Dot>& s, const float* from, int64_t T) {
     const int64_t share = s.share(), last = s.count - 1;
 #pragma omp parallel num_threads(T)
     {
@@ -132,6 +166,7 @@ inline void finish(const Sums& s, const float* from, int64_t T) {
         for (int64_t e = 0; e < s.elements; ++e) s.vectors_to[e] = across(summed(at + e * kLanes, share, T));
         if (s.w) {
             const int64_t N = s.N[last], K = s.K[last], width = vectors(K) * kLanes;  // of W: its columns, its rows
+            const int64_t row = whole<Dot>(N);
             at -= N * width;
 #pragma omp for schedule(static)
             for (int64_t k = 0; k < K; k += kLanes) {
@@ -142,8 +177,8 @@ inline void finish(const Sums& s, const float* from, int64_t T) {
                         r[i] = n + i < N ? summed(at + (n + i) * width + k, share, T) : Vec{};
                     transpose(r);
                     for (int64_t i = 0; i < kLanes && k + i < K; ++i) {
-                        along[i] += r[i] * load(s.w + (k + i) * N + n, N - n);
-                        store(r[i] * s.scale[k + i], s.weights[last] + (k + i) * N + n, N - n);
+                        along[i] += r[i] * load(s.w + (k + i) * row + n, N - n);
+                        store(r[i] * s.scale[k + i], s.weights[last] + (k + i) * row + n, row - n);
                     }
                 }
                 for (int64_t i = 0; i < kLanes && k + i < K; ++i) {
@@ -158,35 +193,37 @@ inline void finish(const Sums& s, const float* from, int64_t T) {
 
 // `for_tiles` for backward kernels: run(V, tile, scratch, kept, lanes) fills what is kept for the weights' sums, and
 // adds to the lanes of the vectors'. The pixels are shared as among T threads, but only `workers` have sums of their own.
-template <class Run>
-void for_tiles_back(int64_t M, int64_t T, int64_t workers, int64_t scratch, const Sums& sums, Run run) {
+template <class Dot, class Run>
+void for_tiles_back(int64_t M, int64_t T, int64_t workers, int64_t scratch, const Sums<Dot>& sums, Run run) {
     const int64_t share = sums.share();
     int64_t each = 0;
-    for (int i = 0; i < sums.count; ++i) each += (sums.N[i] + pitch(sums.K[i]) * kLanes) * kMaxV;
+    for (int i = 0; i < sums.count; ++i) each += (sums.N[i] + pitch(sums.K[i]) * kLanes) * kWidth;
     float* all_sums = reinterpret_cast<float*>(allocated(workers * vectors(share)));
 #pragma omp parallel for num_threads(workers) schedule(static)
     for (int64_t worker = 0; worker < workers; ++worker) {
         float* own = all_sums + worker * share;
         std::memset(own, 0, share * sizeof(float));
-        Vec *room = allocated(scratch * kMaxV + each * kGroup), *next = room + scratch * kMaxV;
-        Kept kept[kGroup];
-        for (Kept& one : kept)
-            for (int i = 0; i < sums.count; ++i) {
-                one.d[i] = next, next += sums.N[i] * kMaxV;
-                one.rows[i] = next, next += pitch(sums.K[i]) * kLanes * kMaxV;
-            }
+        Vec *room = allocated(scratch * kMaxV + each), *next = room + scratch * kMaxV;
+        Kept<Dot> kept;
+        for (int i = 0; i < sums.count; ++i) {
+            kept.d[i] = reinterpret_cast<typename Dot::Element*>(next), next += sums.N[i] * kWidth;
+            kept.rows[i] = next, next += pitch(sums.K[i]) * kLanes * kWidth;
+        }
         for (int64_t t = T * worker / workers; t < T * (worker + 1) / workers; ++t) {
-            Tile tile;
             const int64_t end = vectors(M) * (t + 1) / T;
             for (int64_t from = vectors(M) * t / T; from < end;) {
+                Kept<Dot> at = kept;
+                Tile tile;
                 int64_t count = 0;
-                for (int64_t V; from < end && count < kGroup; from += V, ++count) {
-                    V = next_tile(from, end, M, tile);
-                    kept[count].pixels = V * kLanes;
+                for (int64_t V; from < end && count + (V = next_tile(from, end, M, tile)) <= kWidth;) {
                     Vec* lanes = reinterpret_cast<Vec*>(own + sums.size);
-                    with_size(V, [&](auto size) { run(size, tile, room, kept[count], lanes); });
+                    with_size(V, [&](auto size) { run(size, tile, room, at, lanes); });
+                    from += V, count += V;
+                    for (int i = 0; i < sums.count; ++i)
+                        at.d[i] += V * kLanes, at.rows[i] += V * kLanes / Dot::kDepth * pitch(sums.K[i]);
                 }
-                add_weights(sums, kept, count, own);
+                kept.pixels = count * kLanes;
+                add_weights(sums, kept, own);
             }
         }
         std::free(room);

@@ -43,23 +43,44 @@ inline Bits rounded(Vec v) {
     return (v == v ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000) >> 16;
 }
 
+// Both as bfloat16 in each lane, the first in its lower half.
+inline Vec paired(Vec first, Vec second) {
+#ifdef __AVX512BF16__
+    alignas(64) static constexpr uint16_t places[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    return (Vec)_mm512_permutexvar_epi16(_mm512_load_si512(places), (__m512i)both);
+#else
+    return (Vec)(rounded(first) | rounded(second) << 16);
+#endif
+}
+
+inline Half narrowed(Vec v) {
+#ifdef __AVX512BF16__
+    return (Half)_mm512_cvtneps_pbh((__m512)v);
+#else
+    return __builtin_convertvector(rounded(v), Half);
+#endif
+}
+
+// The first `count` elements from memory, all that fit in a vector if those are no more.
 template <class V, class T>
-inline V load_some(const T* from, int64_t lanes) {
+inline V load_some(const T* from, int64_t count) {
     V v = {};
-    if (lanes >= kLanes) {  // a constant size, which the compiler turns into one vector load
+    if (count >= int64_t(sizeof v / sizeof(T))) {  // a constant size, which the compiler turns into one vector load
         std::memcpy(&v, from, sizeof v);
     } else {
-        std::memcpy(&v, from, lanes * sizeof(T));
+        std::memcpy(&v, from, count * sizeof(T));
     }
     return v;
 }
 
 template <class V, class T>
-inline void store_some(V v, T* to, int64_t lanes) {
-    if (lanes >= kLanes) {
+inline void store_some(V v, T* to, int64_t count) {
+    if (count >= int64_t(sizeof v / sizeof(T))) {
         std::memcpy(to, &v, sizeof v);
     } else {
-        std::memcpy(to, &v, lanes * sizeof(T));
+        std::memcpy(to, &v, count * sizeof(T));
     }
 }
 
@@ -69,7 +90,7 @@ inline Vec load(const uint16_t* from, int64_t lanes) {
 }
 inline void store(Vec v, float* to, int64_t lanes) { store_some(v, to, lanes); }
 inline void store(Vec v, uint16_t* to, int64_t lanes) {
-    store_some(__builtin_convertvector(rounded(v), Half), to, lanes);
+    store_some(narrowed(v), to, lanes);
 }
 
 #ifdef __clang__
@@ -106,38 +127,71 @@ inline void transpose(Vec (&r)[kLanes]) {
 }
 #undef MIX
 
-// (rows, C) from memory into a tile; pixels beyond `rows` are 0.
-template <int V, class T>
-void enter(const T* x, int64_t rows, int64_t C, Vec* tile) {
+// (rows, C) from memory into a tile of channels `pitch` vectors apart; pixels beyond `rows` are 0.
+template <int V>
+void enter(const float* x, int64_t rows, int64_t C, Vec* tile, int64_t pitch = V) {
     for (int64_t v = 0; v < V; ++v)
         for (int64_t c = 0; c < C; c += kLanes) {
             Vec r[kLanes];
             for (int64_t i = 0; i < kLanes; ++i)
                 r[i] = v * kLanes + i < rows ? load(x + (v * kLanes + i) * C + c, C - c) : Vec{};
             transpose(r);
-            for (int64_t i = 0; i < kLanes && c + i < C; ++i) tile[(c + i) * V + v] = r[i];
+            for (int64_t i = 0; i < kLanes && c + i < C; ++i) tile[(c + i) * pitch + v] = r[i];
         }
 }
 
-// A tile's first `rows` pixels to memory, as rows of C channels that lie `stride` ≥ C apart.
-template <int V, class T>
-void leave(const Vec* tile, int64_t rows, int64_t C, T* x, int64_t stride) {
+// Of bfloat16 a pair of channels at a time.
+template <int V>
+void enter(const uint16_t* x, int64_t rows, int64_t C, Vec* tile, int64_t pitch = V) {
+    for (int64_t v = 0; v < V; ++v)
+        for (int64_t c = 0; c < C; c += 2 * kLanes) {
+            Vec r[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i)
+                r[i] = v * kLanes + i < rows ? load_some<Vec>(x + (v * kLanes + i) * C + c, C - c) : Vec{};
+            transpose(r);
+            for (int64_t i = 0; i < kLanes && c + 2 * i < C; ++i) {
+                tile[(c + 2 * i) * pitch + v] = (Vec)((Bits)r[i] << 16);
+                if (c + 2 * i + 1 < C) tile[(c + 2 * i + 1) * pitch + v] = (Vec)((Bits)r[i] & 0xffff0000u);
+            }
+        }
+}
+
+// A tile's first `rows` pixels to memory, as rows of C channels.
+template <int V>
+void leave(const Vec* tile, int64_t rows, int64_t C, float* x) {
     for (int64_t v = 0; v < V; ++v)
         for (int64_t c = 0; c < C; c += kLanes) {
             Vec r[kLanes];
             for (int64_t i = 0; i < kLanes; ++i) r[i] = c + i < C ? tile[(c + i) * V + v] : Vec{};
             transpose(r);
             for (int64_t i = 0; i < kLanes && v * kLanes + i < rows; ++i)
-                store(r[i], x + (v * kLanes + i) * stride + c, stride > C ? kLanes : C - c);
+                store(r[i], x + (v * kLanes + i) * C + c, C - c);
         }
 }
 
-// What a product multiplies: float, or pairs of bfloat16 that lie in one lane, with sums in float.
+template <int V>
+void leave(const Vec* tile, int64_t rows, int64_t C, uint16_t* x) {
+    for (int64_t v = 0; v < V; ++v)
+        for (int64_t c = 0; c < C; c += 2 * kLanes) {
+            Vec r[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) {
+                const int64_t k = c + 2 * i;
+                r[i] = k < C ? paired(tile[k * V + v], k + 1 < C ? tile[(k + 1) * V + v] : Vec{}) : Vec{};
+            }
+            transpose(r);
+            for (int64_t i = 0; i < kLanes && v * kLanes + i < rows; ++i)
+                store_some(r[i], x + (v * kLanes + i) * C + c, C - c);
+        }
+}
+
+// What a product multiplies: float, or pairs of bfloat16 that lie in one lane, with sums in float. `joined` are the
+// vectors of kDepth × 16 elements in their order.
 struct Single {
     typedef float Element;
     static constexpr int64_t kDepth = 1;
     static Vec weight(const float* w) { return all(*w); }
     static void add(Vec& sum, Vec w, Vec x) { sum = multiplied_added(w, x, sum); }
+    static Vec joined(Vec first, Vec) { return first; }
 };
 
 #ifdef __AVX512BF16__
@@ -150,8 +204,13 @@ struct Pairs {
         return (Vec)(pair - Bits{});
     }
     static void add(Vec& sum, Vec w, Vec x) { sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x); }
+    static Vec joined(Vec first, Vec second) { return (Vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 };
 #endif
+
+// Elements of a weight's row: a product's K channels, and a 0 for whole pairs.
+template <class Dot>
+constexpr int64_t whole(int64_t K) { return (K + Dot::kDepth - 1) / Dot::kDepth * Dot::kDepth; }
 
 // A tile of K channels as a product takes it, in place.
 template <class Dot>
@@ -159,7 +218,7 @@ void pack(Vec* tile, int64_t K, int64_t V) {
     if (Dot::kDepth == 1) return;
     for (int64_t k = 0; k < K; k += 2)
         for (int64_t v = 0; v < V; ++v)
-            tile[k / 2 * V + v] = (Vec)(rounded(tile[k * V + v]) | rounded(tile[(k + 1) * V + v]) << 16);
+            tile[k / 2 * V + v] = paired(tile[k * V + v], k + 1 < K ? tile[(k + 1) * V + v] : Vec{});
 }
 
 // to(i, j) += Σ_k w(i, k) · x(k, j) for R rows of w, ldw apart, and V vectors, ldx apart in k. Not inlined: the few
@@ -189,14 +248,14 @@ __attribute__((noinline)) void accumulate(Vec (&to)[R][V], const typename Dot::E
         for (int j = 0; j < V; ++j) to[i][j] = sums[i][j];
 }
 
-// w (N, K) times V vectors, ldx apart in k: `emit(n, v, sum)` for each of the N × V that come out.
+// w (N, K), its rows whole, times V vectors, ldx apart in k: `emit(n, v, sum)` for each of the N × V that come out.
 template <int V, class Dot = Single, class Emit>
 inline __attribute__((always_inline)) void product(const typename Dot::Element* w, int64_t N, const Vec* x, int64_t ldx,
                                                    int64_t K, Emit emit) {
     const auto strip = [&](auto rows, int64_t n) __attribute__((always_inline)) {
         constexpr int R = decltype(rows)::value;
         Vec sums[R][V] = {};
-        accumulate<Dot>(sums, w + n * K, K, x, ldx, K);
+        accumulate<Dot>(sums, w + n * whole<Dot>(K), whole<Dot>(K), x, ldx, whole<Dot>(K));
         for (int i = 0; i < R; ++i)
             for (int v = 0; v < V; ++v) emit(n + i, v, sums[i][v]);
     };
@@ -228,7 +287,7 @@ inline Vec step(Vec x, const float (&c)[Terms], float limit) {
 // Φ(x), and the derivative of x·Φ(x): off by at most 1.5e-7 and 4e-7 when evaluated in float.
 template <class Dot>
 inline Vec normal_cdf(Vec x) {
-    // Off by 2e-6, little beside the rounding to bfloat16.
+    // Off by 2e-6, and the derivative by 2e-5: little beside the rounding to bfloat16.
     constexpr float rough[] = {0.147212687f,  -0.0729836462f,  0.0529129214f,  -0.0404956352f,
                                0.0306099129f, -0.0225166048f,  0.0143100154f,  -0.00689066354f,
                                0.00470257354f, -0.00449646763f, 0.00180179785f};
@@ -238,7 +297,11 @@ inline Vec normal_cdf(Vec x) {
                            0.00365892205f,  -0.00118640995f, 0.000874934006f, -0.00102836896f, 0.000392858682f};
     return step(x, c, 5.4f);
 }
+template <class Dot>
 inline Vec gelu_slope(Vec x) {
+    constexpr float rough[] = {0.148467747f,  -0.0802264108f, 0.073923475f, -0.0805231651f, 0.0863509251f, -0.0887075257f,
+                               0.0865283839f, -0.0612801343f, 0.0260129327f, -0.0236874307f, 0.0297251435f, -0.0124148763f};
+    if (Dot::kDepth == 2) return step(x, rough, 4.8f);
     constexpr float c[] = {0.126416642f,   -0.0642823051f,  0.0518079604f, -0.050972425f,   0.0566848785f,
                            -0.0648823016f, 0.0716295838f,   -0.0737511776f, 0.0666107266f,  -0.0516532671f,
                            0.0426603217f,  -0.0381617706f,  0.0204231409f, -0.00259530939f, 0.0041846045f,

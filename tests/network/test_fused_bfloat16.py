@@ -1,0 +1,150 @@
+"""The fused CPU operations in bfloat16: alone, and under autocast beside float32 maps and parameters ("mixed")."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from hornet_lit.network import pixelwise
+from tests.network.conftest import FORWARD, assert_near, maps, small_block, with_gradients
+
+pytestmark = [
+    pytest.mark.skipif(not pixelwise._built(True), reason="no compiler, or no products of bfloat16 pairs"),
+    pytest.mark.usefixtures("threads_as_found"),
+]
+MIXED = [name.replace("f32", "mixed") for name in FORWARD]
+BACK = [name.replace("forward", "backward") for name in reversed(MIXED)]
+# Channels, order, hidden over outer width: even; odd to the first gate; an odd map; odd hidden channels.
+SIZES = [(20, 1, 4.0), (48, 4, 4.0), (6, 2, 4.0), (7, 1, 4.0), (6, 2, 3.2)]
+
+
+def in_both_ways(computed: Callable[[], list[torch.Tensor]], patch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
+    """``computed()`` by the kernels, and by the library."""
+    ours = computed()
+    with patch.context() as context:
+        context.setattr(pixelwise, "_built", lambda pairs: False)
+        return [ours, computed()]
+
+
+def autocast(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(x_BCHW: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(x_BCHW)
+
+    return forward
+
+
+def error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """Of all tensors alike, small and large ones."""
+    assert all(torch.isfinite(t).all() for t in found)
+    each = [((f.double() - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True)]
+    return sum(each) / len(each)
+
+
+@pytest.mark.parametrize("mode", ["bf16", "mixed"])
+@pytest.mark.parametrize("dim,order,ratio", SIZES)
+def test_values_err_no_more_than_the_librarys(
+    dim: int, order: int, ratio: float, mode: str, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, x_BCHW = small_block(dim, order, mlp_ratio=ratio), maps(3, dim, 7, 5)
+    exact = copy.deepcopy(block).double()(x_BCHW.double())
+    forward = copy.deepcopy(block).bfloat16() if mode == "bf16" else autocast(block)
+    inputs = x_BCHW.bfloat16() if mode == "bf16" else x_BCHW
+    with torch.no_grad():
+        ours, theirs = in_both_ways(lambda: [forward(inputs)], monkeypatch)
+    assert ours[0].dtype == theirs[0].dtype == (torch.bfloat16 if mode == "bf16" else torch.float32)
+    assert error(ours, [exact]) < min(1e-2, 1.1 * error(theirs, [exact]))
+    assert ran == [name.replace("mixed", mode) for name in MIXED]
+
+
+@pytest.mark.parametrize("dim,order,ratio", SIZES)
+def test_gradients_err_no_more_than_the_librarys(
+    dim: int, order: int, ratio: float, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, x_BCHW = small_block(dim, order, mlp_ratio=ratio), maps(5, dim, 14, 13)
+    double = copy.deepcopy(block).double()
+    exact = with_gradients(double, double, x_BCHW.double())
+
+    def computed() -> list[torch.Tensor]:
+        block.zero_grad()
+        return with_gradients(autocast(block), block, x_BCHW)
+
+    ours, theirs = in_both_ways(computed, monkeypatch)
+    assert error(ours, exact) < min(2e-2, 1.1 * error(theirs, exact))
+    assert ran == MIXED + BACK
+
+
+def test_there_is_no_way_back_in_bfloat16_alone(ran: list[str]) -> None:
+    small_block().bfloat16()(maps(3, 20, 7, 5).bfloat16()).sum().backward()
+    assert not ran
+
+
+@pytest.mark.parametrize("gamma", [0.5, None])
+def test_a_stages_first_map_is_promoted_as_the_residual_would_be(
+    gamma: float | None, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast a convolution's output is bfloat16, and only γ promotes the sum."""
+    block, x_BCHW = small_block(ls_init_value=gamma), maps(3, 20, 7, 5).bfloat16()
+    double = copy.deepcopy(block).double()
+    exact = with_gradients(double, double, x_BCHW.double())
+
+    def computed() -> list[torch.Tensor]:
+        block.zero_grad()
+        return with_gradients(autocast(block), block, x_BCHW)
+
+    ours, theirs = in_both_ways(computed, monkeypatch)
+    assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+    assert error(ours, exact) < min(2e-2, 1.1 * error(theirs, exact))
+    assert ran == (MIXED + BACK if gamma else [])
+
+
+@pytest.mark.parametrize("trained", ["gamma1", "gamma2", "gnconv.dwconv.weight", "pwconv1.bias", "gnconv.pws.0.weight"])
+@pytest.mark.parametrize("mode", ["bf16", "mixed"])
+def test_gradients_of_little(trained: str, mode: str) -> None:
+    block, x_BCHW = small_block(48), maps(2, 48, 7, 5)
+    for name, p in block.named_parameters():
+        p.requires_grad_(name == trained)
+    exact = copy.deepcopy(block).double()
+    exact(x_BCHW.double()).square().sum().backward()
+    y_BCHW = block.bfloat16()(x_BCHW.bfloat16()) if mode == "bf16" else autocast(block)(x_BCHW)
+    y_BCHW.float().square().sum().backward()
+    assert_near(block.get_parameter(trained).grad, exact.get_parameter(trained).grad, 0.05)
+
+
+def test_a_pixel_does_not_depend_on_its_neighbours_or_the_threads() -> None:
+    block, x_BCHW = small_block(), maps(3, 20, 11, 7)
+    forward = autocast(small_block(mixer=lambda dim, size: nn.Conv2d(dim, dim, 1)))  # its MLP alone is fused
+    torch.set_num_threads(1)
+    alone = torch.cat([forward(x) for x in x_BCHW.split(1)])
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(forward(x_BCHW), alone)
+        y_BCHW = autocast(block)(x_BCHW)
+        y_BCHW.square().sum().backward()
+    assert torch.isfinite(block.pwconv1.weight.grad).all()
+
+
+def test_compiled_in_one_graph(ran: list[str]) -> None:
+    block, results = small_block(6, 2), []
+    for f in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+        block.zero_grad()
+        results.append(with_gradients(autocast(f), block, maps(3, 6, 7, 5)))
+    for a, b in zip(*results, strict=True):
+        assert_near(a, b, 1e-5)
+    assert ran == 2 * (MIXED + BACK)
+
+
+def test_what_was_kept_may_come_back_elsewhere_in_memory() -> None:
+    grads = []
+    for unpack in (lambda t: torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t), lambda t: t):
+        block = small_block()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y_BCHW = autocast(block)(maps(3, 20, 11, 7))
+        y_BCHW.square().sum().backward()
+        grads.append([p.grad for p in block.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert_near(a, b)
