@@ -46,7 +46,7 @@ def filter_spectrum(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Te
     weight_CHF2 = resize_spectrum(weight_CHF2, (height, width // 2 + 1))
     device = x_BCHW.device.type
     if device in LONGEST_SIDE and not exporting():
-        if _by_kernel(x_BCHW, weight_CHF2):
+        if _by_kernel(x_BCHW):
             return _Filter.apply(x_BCHW, weight_CHF2.float())
         autocast = torch.is_autocast_enabled(device) and x_BCHW.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else x_BCHW.dtype
@@ -80,11 +80,10 @@ def by_products(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor
     return y.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _by_kernel(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> bool:
+def _by_kernel(x_BCHW: torch.Tensor) -> bool:
     if x_BCHW.device.type != "cpu" or max(x_BCHW.shape[-2:]) > LONGEST_KERNEL_SIDE.get(x_BCHW.dtype, 0):
         return False
-    trained = torch.is_grad_enabled() and (x_BCHW.requires_grad or weight_CHF2.requires_grad)
-    return not observed() and not (trained and x_BCHW.dtype != torch.float32) and _built()
+    return not observed() and _built()
 
 
 def _built() -> bool:
@@ -108,14 +107,14 @@ def _run(name: str, x_BHWC: torch.Tensor, **tensors: torch.Tensor) -> None:
         setattr(arguments, field, pointer(tensor))
     if "dy" in tensors:
         arguments.dy_pitch = tensors["dy"].stride(2)
+    name += "_f32" if x_BHWC.dtype == torch.float32 else "_bf16"
     getattr(native.library("spectrum"), name)(ctypes.byref(arguments), Int(torch.get_num_threads()))
 
 
 @torch.library.custom_op("hornet_lit::global_filter", mutates_args=())
 def _global_filter(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor:
     weight_HF2C, y_BCHW = weight_CHF2.permute(1, 2, 3, 0).contiguous(), map_like(x_BCHW, x_BCHW.shape[1])
-    name = "filter_f32" if x_BCHW.dtype == torch.float32 else "filter_bf16"
-    _run(name, _pixels(x_BCHW), weight=weight_HF2C, y=y_BCHW)
+    _run("filter", _pixels(x_BCHW), weight=weight_HF2C, y=y_BCHW)
     return y_BCHW
 
 
@@ -130,9 +129,9 @@ def _global_filter_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weight_HF2C, dx_BCHW = weight_CHF2.permute(1, 2, 3, 0).contiguous(), map_like(x_BCHW, x_BCHW.shape[1])
     h, f, _, c = weight_HF2C.shape
-    dweight_HF2C = x_BCHW.new_zeros(h, f, 2, -(-c // LANES) * LANES)
+    dweight_HF2C = weight_CHF2.new_zeros(h, f, 2, -(-c // LANES) * LANES)
     x_BHWC, dy_BHWC = _pixels(x_BCHW), _pixels(dy_BCHW)
-    _run("filter_backward_f32", x_BHWC, weight=weight_HF2C, dy=dy_BHWC, dx=dx_BCHW, dweight=dweight_HF2C)
+    _run("filter_backward", x_BHWC, weight=weight_HF2C, dy=dy_BHWC, dx=dx_BCHW, dweight=dweight_HF2C)
     return dx_BCHW, dweight_HF2C[..., :c].permute(3, 0, 1, 2).contiguous()
 
 

@@ -27,6 +27,12 @@ def defined(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.fft.irfft2(spectrum_BCHF, s=x_BCHW.shape[-2:], norm="ortho"))
 
 
+def differentiable(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor:
+    """The same by PyTorch, in the type it is given."""
+    spectrum_BCHF = torch.fft.rfft2(x_BCHW, norm="ortho") * torch.view_as_complex(weight_CHF2)
+    return torch.fft.irfft2(spectrum_BCHF, s=x_BCHW.shape[-2:], norm="ortho")
+
+
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
@@ -65,11 +71,7 @@ def test_each_form_has_the_values_and_gradients_of_the_definition(
     found = []
     for x, weight in ((x_BCHW, weight_CHF2), (x_BCHW.double(), weight_CHF2.double())):
         leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
-        if x.dtype == torch.float32:
-            y = spectrum.filter_spectrum(*leaves)
-        else:
-            spectrum_BCHF = torch.fft.rfft2(leaves[0], norm="ortho") * torch.view_as_complex(leaves[1])
-            y = torch.fft.irfft2(spectrum_BCHF, s=x.shape[-2:], norm="ortho")
+        y = (spectrum.filter_spectrum if x.dtype == torch.float32 else differentiable)(*leaves)
         y.backward(dy_BCHW.to(x.dtype))
         found.append([y.detach(), *(leaf.grad for leaf in leaves)])
     for ours, exact in zip(*found, strict=True):
@@ -106,6 +108,16 @@ def test_bfloat16_errs_by_its_rounding(height: int, width: int, only: str) -> No
         automatic = spectrum.filter_spectrum(x_BCHW, weight_CHF2)
     assert found.dtype == torch.bfloat16 and error(found, expected) < 1.5e-2
     assert error(automatic, expected) < 1.5e-2
+
+
+@pytest.mark.parametrize("height,width", SIZES)
+def test_bfloat16_gradients_err_by_its_rounding(height: int, width: int, only: str) -> None:
+    leaves = [t.requires_grad_() for t in drawn(height, width)]
+    dy_BCHW = drawn(height, width)[0] + 1
+    exact = torch.autograd.grad(differentiable(*(t.double() for t in leaves)), leaves, dy_BCHW.double())
+    found = torch.autograd.grad(spectrum.filter_spectrum(leaves[0].bfloat16(), leaves[1]), leaves, dy_BCHW.bfloat16())
+    for ours, theirs in zip(found, exact, strict=True):
+        assert ours.dtype == torch.float32 and error(ours, theirs) < 1.5e-2
 
 
 def test_matrices_made_without_gradients_serve_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,8 @@ void filter(const Filter<X>& a, int64_t T) {
     }
 }
 
-void filter_backward(const Filter<float>& a, int64_t T) {
+template <class X>
+void filter_backward(const Filter<X>& a, int64_t T) {
     const int64_t groups = vectors(a.C), width = groups * kLanes;
 #pragma omp parallel num_threads(T)
     {
@@ -140,6 +141,7 @@ extern "C" {
 void filter_f32(const Filter<float>* a, int64_t T) { filter(*a, T); }
 void filter_bf16(const Filter<uint16_t>* a, int64_t T) { filter(*a, T); }
 void filter_backward_f32(const Filter<float>* a, int64_t T) { filter_backward(*a, T); }
+void filter_backward_bf16(const Filter<uint16_t>* a, int64_t T) { filter_backward(*a, T); }
 }
 
 #endif
