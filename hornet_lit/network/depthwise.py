@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from hornet_lit.network import native
 from hornet_lit.network.layers import observed
-from hornet_lit.network.native.arguments import LANES, Int, Pointer, map_like, pointer, rows
+from hornet_lit.network.native.arguments import Int, Pointer, map_like, pointer, rows
 
 KERNEL_SIZES = (3, 5, 7, 9, 11)
 SYMBOLS = {torch.float32: "depthwise_weight_grad_f32", torch.bfloat16: "depthwise_weight_grad_bf16"}
@@ -129,7 +129,7 @@ def depthwise_weight_grad(
         return _library_weight_grad(x_BCHW, grad_BCHW, kernel_size)
     x_BHWC, grad_BHWC = rows(x_BCHW), rows(grad_BCHW)
     b, h, w, c = x_BHWC.shape
-    threads, vectors = torch.get_num_threads(), -(-c // LANES)
+    threads, vectors = torch.get_num_threads(), -(-c // native.lanes())
     shares = 1 if vectors % threads == 0 or vectors > 4 * threads else min(threads, b)  # few vectors share unevenly
     weight_SC1KK = torch.empty(shares, c, 1, kernel_size, kernel_size)
     bias_SC = torch.empty(shares, c)

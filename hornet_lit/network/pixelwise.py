@@ -22,7 +22,6 @@ from torch.autograd.function import once_differentiable
 from hornet_lit.network import native
 from hornet_lit.network.layers import GELU, ChannelLinear, changed, observed
 from hornet_lit.network.native.arguments import (
-    LANES,
     MAX_ORDER,
     Gates,
     Int,
@@ -128,7 +127,7 @@ def _scale(scale_C: torch.Tensor | None, x_BCHW: torch.Tensor) -> torch.Tensor:
 
 def _workers(weights: Sequence[torch.Tensor], threads: int) -> int:
     """How many threads a backward kernel may give gradients of their own."""
-    each = sum(4 * w.shape[0] * (w.shape[1] + LANES) for w in weights)
+    each = sum(4 * w.shape[0] * (w.shape[1] + native.lanes()) for w in weights)
     return max(1, min(threads, MOST_BYTES // each))
 
 
@@ -226,7 +225,8 @@ def _hidden(x_BCHW: torch.Tensor, w1_NC: torch.Tensor, keep: bool) -> torch.Tens
     """Room for the hidden activations, of the weights' type and in the kernel's own order, which depends on the number
     of threads: that is the last element."""
     b, _, h, w = x_BCHW.shape
-    elements = (b * h * w + LANES - 1) // LANES * LANES * len(w1_NC)
+    lanes = native.lanes()
+    elements = (b * h * w + lanes - 1) // lanes * lanes * len(w1_NC)
     floats = elements * w1_NC.element_size() // 4 + 1 if keep else 0
     return x_BCHW.new_empty(floats, dtype=torch.float32)
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from hornet_lit.network import native
 from hornet_lit.network.layers import exporting, observed
-from hornet_lit.network.native.arguments import LANES, Filter, Int, Pointer, map_like, pointer
+from hornet_lit.network.native.arguments import Filter, Int, Pointer, map_like, pointer
 
 Size = tuple[int, int]
 Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -128,11 +128,10 @@ def _global_filter_backward(
     dy_BCHW: torch.Tensor, x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weight_HF2C, dx_BCHW = weight_CHF2.permute(1, 2, 3, 0).contiguous(), map_like(x_BCHW, x_BCHW.shape[1])
-    h, f, _, c = weight_HF2C.shape
-    dweight_HF2C = weight_CHF2.new_zeros(h, f, 2, -(-c // LANES) * LANES)
+    dweight_HF2C = torch.zeros_like(weight_HF2C)
     x_BHWC, dy_BHWC = _pixels(x_BCHW), _pixels(dy_BCHW)
     _run("filter_backward", x_BHWC, weight=weight_HF2C, dy=dy_BHWC, dx=dx_BCHW, dweight=dweight_HF2C)
-    return dx_BCHW, dweight_HF2C[..., :c].permute(3, 0, 1, 2).contiguous()
+    return dx_BCHW, dweight_HF2C.permute(3, 0, 1, 2).contiguous()
 
 
 @_global_filter_backward.register_fake

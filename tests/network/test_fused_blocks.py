@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from hornet_lit.network import GnConv, native, pixelwise
+from hornet_lit.network import GlobalLocalFilter, GnConv, native, pixelwise
 from hornet_lit.network.hornet import Block
 from hornet_lit.network.layers import GELU, ChannelLinear
 from tests.network.conftest import (
@@ -233,6 +234,26 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
         assert not pixelwise._built(False) and not ran
     finally:
         native.library.cache_clear()
+
+
+@needs_kernels
+@pytest.mark.parametrize("order,side", [(1, 3), (4, 9)])
+def test_with_avx2_alone(order: int, side: int, monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
+    """Vectors of half the length, other tiles: the same values and gradients."""
+    monkeypatch.setenv("CXXFLAGS", "-mno-avx512f")
+    for cached in (native.library, native._builds):
+        cached.cache_clear()
+    try:
+        assert native.lanes() == 8
+        block = small_block(48, order, mixer=partial(GnConv, order=order, filter=GlobalLocalFilter))
+        exact, x_BCHW = copy.deepcopy(block).double(), maps(3, 48, side, side)
+        results = [with_gradients(m, m, x) for m, x in ((block, x_BCHW), (exact, x_BCHW.double()))]
+        for a, b in zip(*results, strict=True):
+            assert_near(a, b)
+        assert ran == [*FORWARD, "mlp_backward_f32", "gates_backward_f32", "linear_backward_f32"]
+    finally:
+        for cached in (native.library, native._builds):
+            cached.cache_clear()
 
 
 @needs_kernels

@@ -1,7 +1,8 @@
 """C++ kernels compiled on first use where there is a compiler, and only then; everything works without them.
 
-`$HORNET_LIT_NATIVE=0` switches them off. Libraries are kept in `$XDG_CACHE_HOME/hornet-lit` (`~/.cache`), named
-by source, compiler and processor, so that one home folder can serve machines of different kinds.
+`$HORNET_LIT_NATIVE=0` switches them off; `$CXX` names the compiler, and `$CXXFLAGS` are added to our flags. Libraries
+are kept in `$XDG_CACHE_HOME/hornet-lit` (`~/.cache`), named by source, compiler, flags and processor, so that one home
+folder can serve machines of different kinds.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -44,6 +46,12 @@ def offers(name: str, symbol: str) -> bool:
     return hasattr(library(name), symbol)
 
 
+@torch.compiler.assume_constant_result
+def lanes() -> int:
+    """Pixels or channels of one vector."""
+    return library("pixelwise").lanes() if offers("pixelwise", "lanes") else 16
+
+
 @functools.cache
 def _builds(compiler: str) -> dict[str, Future[Path]]:
     """All libraries, built at once: who needs one needs the others next."""
@@ -60,7 +68,8 @@ def _warn(detail: str) -> None:
 def _built(compiler: str, source: Path) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     texts = [source.read_text(), *(header.read_text() for header in sorted(source.parent.glob("*.h")))]
-    identity = "\n".join([*texts, version, *FLAGS, platform.machine(), _processor()])
+    flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    identity = "\n".join([*texts, version, *flags, platform.machine(), _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hornet-lit"
     target = folder / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not target.exists():
@@ -68,7 +77,7 @@ def _built(compiler: str, source: Path) -> Path:
         # Built beside its name and moved into place: several processes may start at once.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / target.name
-            command = [compiler, *FLAGS, str(source), "-o", str(built)]
+            command = [compiler, *flags, str(source), "-o", str(built)]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
             os.replace(built, target)
     return target

@@ -11,7 +11,6 @@ import ctypes
 import torch
 
 MAX_ORDER = 16  # of gnConv
-LANES = 16  # pixels or channels of one vector
 Pointer, Int = ctypes.c_void_p, ctypes.c_int64
 
 

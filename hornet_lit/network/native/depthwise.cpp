@@ -1,9 +1,10 @@
 // Depth-wise K×K convolution (stride 1, padding K/2) on channels-last maps, and its weight's and bias's gradients.
 //
-// Sixteen channels are one vector. For each image and channel vector a band of rows is packed into zero-padded,
-// contiguous float buffers that stay in the second-level cache. The convolution then makes seven output columns at a
-// time in registers out of K + 6 loaded inputs of each row; of the gradients every kernel row keeps its K sums there
-// while four output columns at a time slide over K + 3 inputs: so multiply-adds and not loads are the limit.
+// Sixteen channels are one vector, or eight without AVX-512. For each image and channel vector a band of rows is packed
+// into zero-padded, contiguous float buffers that stay in the second-level cache. The convolution then makes seven
+// output columns at a time in registers out of K + 6 loaded inputs of each row; of the gradients every kernel row keeps
+// its K sums there while four output columns at a time slide over K + 3 inputs: so multiply-adds and not loads are the
+// limit.
 // Plain C++ with the vector extension that gcc and clang share: no torch headers, so it compiles in about a second.
 #include <cstdint>
 #include <cstdlib>
@@ -11,7 +12,12 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16, kColumns = 4, kBand = 16;
+#ifdef __AVX512F__
+constexpr int64_t kLanes = 16;
+#else
+constexpr int64_t kLanes = 8;
+#endif
+constexpr int64_t kColumns = 4, kBand = 16;
 constexpr int64_t kOutputs = 7;  // columns of the convolution at a time: the sides of ImageNet's maps are multiples
 constexpr int64_t kGroup = 4;    // vectors of channels packed together: a cache line at a time would miss the TLB
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));

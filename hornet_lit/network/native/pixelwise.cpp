@@ -9,9 +9,9 @@
 //
 // M pixels, C channels, K channels in, N channels out, T threads, V vectors of pixels.
 
-#ifdef __AVX512F__
-
 #include "sums.h"
+
+#ifdef TILES
 
 namespace {
 
@@ -294,6 +294,7 @@ void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t
     }
 
 extern "C" {
+int64_t lanes() { return kLanes; }
 FORWARD(f32, float, Single)
 BACKWARD(f32, float, Single)
 #ifdef __AVX512BF16__

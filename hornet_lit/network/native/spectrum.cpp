@@ -1,15 +1,15 @@
 // The global filter (HorNet §3.3): real 2-d DFT of each channel, a complex weight for each of its numbers, and back;
 // and the way back through all that. The DFT is four products with its matrices, each from the left.
 //
-// Sixteen channels are one vector, and a map's side a dozen pixels or two: what one vector of channels of one image
+// Sixteen or eight channels are one vector, and a map's side a dozen pixels or two: what one vector of channels of one image
 // needs lies in the first- or second-level cache from the first product to the last.
 //
 // B batch, C channels, H height, W width, F = W / 2 + 1 columns of a spectrum, G = 2F and L = 2H: real and imaginary
 // parts as rows of their own, G by part and column, L by row and part.
 
-#ifdef __AVX512F__
-
 #include "tiles.h"
+
+#ifdef TILES
 
 namespace {
 
@@ -21,7 +21,7 @@ struct Filter {
     // (G, W), (L, L), (L, L), (W, G): there and back, and the turned ones for gradients.
     const float *along_w, *along_h, *back_h, *back_w, *turned_w, *turned_h, *turned_back_h, *turned_back_w;
     T *y, *dx;       // (B, H, W, C)
-    float* dweight;  // (H, F, 2, vectors(C) · 16)
+    float* dweight;  // (H, F, 2, C)
     int64_t columns() const { return W / 2 + 1; }
     int64_t map() const { return H * (W + 2); }  // room for a map or for its spectrum, of vectors
 };
@@ -35,7 +35,7 @@ inline void matrix(const float* m, int64_t N, int64_t K, const Vec* x, int64_t c
         product<V>(m, N, x + column, columns, K, [&](int64_t n, int v, Vec sum) { emit(n, column + v, sum); });
         column += V;
     };
-    while (columns - column >= 3 && columns - column != 4) some(std::integral_constant<int, 3>{});
+    while (columns - column >= kMaxV && columns - column != kMaxV + 1) some(std::integral_constant<int, kMaxV>{});
     while (columns - column >= 2) some(std::integral_constant<int, 2>{});
     while (column < columns) some(std::integral_constant<int, 1>{});
 }
@@ -104,7 +104,7 @@ void filter(const Filter<X>& a, int64_t T) {
 
 template <class X>
 void filter_backward(const Filter<X>& a, int64_t T) {
-    const int64_t groups = vectors(a.C), width = groups * kLanes;
+    const int64_t groups = vectors(a.C);
 #pragma omp parallel num_threads(T)
     {
         Vec *map = allocated(4 * a.map()), *between = map + a.map(), *spectrum = between + a.map();
@@ -118,11 +118,11 @@ void filter_backward(const Filter<X>& a, int64_t T) {
                 read(a, a.dy, a.dy_pitch, b, c, map);
                 there(a, a.turned_back_w, a.turned_back_h, map, between, d);
                 for_numbers(a, c, [&](int64_t at, int64_t r, int64_t i, Vec by_real, Vec by_imag) {
-                    Vec* sums = reinterpret_cast<Vec*>(a.dweight + at * 2 * width + c);
+                    float* sums = a.dweight + at * 2 * a.C + c;
                     const Vec by_r = d[r] * spectrum[r] + d[i] * spectrum[i];
                     const Vec by_i = d[i] * spectrum[r] - d[r] * spectrum[i];
-                    sums[0] = b ? sums[0] + by_r : by_r;
-                    sums[groups] = b ? sums[groups] + by_i : by_i;
+                    store(b ? load(sums, a.C - c) + by_r : by_r, sums, a.C - c);
+                    store(b ? load(sums + a.C, a.C - c) + by_i : by_i, sums + a.C, a.C - c);
                     const Vec was = d[r];
                     d[r] = was * by_real + d[i] * by_imag;
                     d[i] = d[i] * by_real - was * by_imag;

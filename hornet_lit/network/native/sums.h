@@ -7,6 +7,8 @@
 
 #include "tiles.h"
 
+#ifdef TILES
+
 namespace {
 
 // Vectors from row to row of turned tiles: an odd number, or all rows would share a few sets of the first-level cache.
@@ -90,12 +92,12 @@ template <class Dot, int R>
 void add_rows(const Kept<Dot>& kept, int i, int64_t n, int64_t width, Vec* to) {
     for (int64_t k = 0; k < width;) {
         const int64_t left = width - k;
-        if (left == 1) {
-            add_outer<Dot, R, 1>(kept, i, n, k, width, to), k += 1;
-        } else if (left == 2 || left == 4) {
+        if (left >= kMaxV && left != kMaxV + 1) {
+            add_outer<Dot, R, kMaxV>(kept, i, n, k, width, to), k += kMaxV;
+        } else if (left > 1) {
             add_outer<Dot, R, 2>(kept, i, n, k, width, to), k += 2;
         } else {
-            add_outer<Dot, R, 3>(kept, i, n, k, width, to), k += 3;
+            add_outer<Dot, R, 1>(kept, i, n, k, width, to), k += 1;
         }
     }
 }
@@ -233,3 +235,5 @@ void for_tiles_back(int64_t M, int64_t T, int64_t workers, int64_t scratch, cons
 }
 
 }  // namespace
+
+#endif

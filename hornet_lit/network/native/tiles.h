@@ -1,7 +1,7 @@
 // Tiles, and what the kernels of pixelwise.cpp do with them.
 //
-// Maps are (pixels, channels) rows in memory. A thread takes V × 16 pixels at a time, turns them into a tile (channels
-// down, pixels across, one vector for 16 pixels) and takes it through a whole kernel while it stays in the second-level
+// Maps are (pixels, channels) rows in memory. A thread takes V vectors of pixels at a time, turns them into a tile
+// (channels down, pixels across, one vector for 16 pixels with AVX-512, 8 with AVX2) and takes it through a whole kernel while it stays in the second-level
 // cache. So a weight is a number times whole vectors, read in its natural layout and never packed; norms need no sum
 // across lanes; and between two products there is neither memory traffic nor a wait for other threads. A pixel's values
 // do not depend on its neighbours or on the number of threads; gradients of weights do, in their last bits, since each
@@ -9,6 +9,9 @@
 //
 // M pixels, C channels, K channels in, N channels out, T threads, V vectors of pixels, R rows of a product at a time.
 #pragma once
+
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))  // else there are no kernels
+#define TILES
 
 #include <immintrin.h>
 
@@ -27,14 +30,25 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16, kMaxV = 3, kR = 8, kGroup = 4, kMaxOrder = 16;
+#ifdef __AVX512F__
+constexpr int64_t kLanes = 16, kR = 8, kMaxV = 3;  // kR × kMaxV sums fill three quarters of the registers
+#else
+constexpr int64_t kLanes = 8, kR = 6, kMaxV = 2;
+#endif
+constexpr int64_t kGroup = 4, kMaxOrder = 16;
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 
 typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));  // bfloat16: a float's upper half
 typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
 inline Vec all(float value) { return value - Vec{}; }
+#ifdef __AVX512F__
 inline Vec multiplied_added(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline Vec square_root(Vec v) { return (Vec)_mm512_sqrt_ps((__m512)v); }
+#else
+inline Vec multiplied_added(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline Vec square_root(Vec v) { return (Vec)_mm256_sqrt_ps((__m256)v); }
+#endif
 inline int64_t vectors(int64_t n) { return (n + kLanes - 1) / kLanes; }
 
 // To the nearest bfloat16, ties to even, in the lower half of each lane; what is not a number stays so.
@@ -99,6 +113,7 @@ inline void store(Vec v, uint16_t* to, int64_t lanes) {
 typedef int32_t Places __attribute__((vector_size(kLanes * sizeof(int32_t))));
 #define MIX(a, b, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
 #endif
+#ifdef __AVX512F__
 inline void transpose(Vec (&r)[kLanes]) {
     Vec t[kLanes];
     for (int i = 0; i < 16; i += 2) {
@@ -125,6 +140,26 @@ inline void transpose(Vec (&r)[kLanes]) {
     }
     for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
+#else
+inline void transpose(Vec (&r)[kLanes]) {
+    Vec t[kLanes];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = MIX(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        t[i + 1] = MIX(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            r[i + 2 * j] = MIX(t[i + j], t[i + 2 + j], 0, 1, 8, 9, 4, 5, 12, 13);
+            r[i + 2 * j + 1] = MIX(t[i + j], t[i + 2 + j], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    // Now r[4g + c] holds, four lanes at a time, rows 4g … 4g + 3 of columns c and 4 + c.
+    for (int c = 0; c < 4; ++c) {
+        t[c] = MIX(r[c], r[4 + c], 0, 1, 2, 3, 8, 9, 10, 11);
+        t[4 + c] = MIX(r[c], r[4 + c], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+    for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+#endif
 #undef MIX
 
 // (rows, C) from memory into a tile of channels `pitch` vectors apart; pixels beyond `rows` are 0.
@@ -333,7 +368,7 @@ void standardise(Vec* x, int64_t C, float eps, Vec* inverse) {
         x[c * V + v] -= rest[v];
         return x[c * V + v] * x[c * V + v];
     });
-    for (int v = 0; v < V; ++v) inverse[v] = 1 / (Vec)_mm512_sqrt_ps((__m512)(square[v] / float(C) + eps));
+    for (int v = 0; v < V; ++v) inverse[v] = 1 / square_root(square[v] / float(C) + eps);
     for (int64_t c = 0; c < C; ++c)
         for (int v = 0; v < V; ++v) x[c * V + v] *= inverse[v];
 }
@@ -383,10 +418,12 @@ struct Tile {
 
 template <class Run>
 void with_size(int64_t V, Run run) {
-    switch (V) {
-        case 1: run(std::integral_constant<int, 1>{}); break;
-        case 2: run(std::integral_constant<int, 2>{}); break;
-        case 3: run(std::integral_constant<int, 3>{}); break;
+    if (V == kMaxV) {
+        run(std::integral_constant<int, kMaxV>{});
+    } else if (V == 2) {
+        run(std::integral_constant<int, 2>{});
+    } else {
+        run(std::integral_constant<int, 1>{});
     }
 }
 
@@ -419,3 +456,5 @@ void for_tiles(int64_t M, int64_t T, int64_t scratch, Run run) {
 }
 
 }  // namespace
+
+#endif
