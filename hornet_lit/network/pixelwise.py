@@ -1,9 +1,9 @@
 """What HorNet does within a pixel, in three fused CPU operations, forward and backward: LayerNorm and a linear layer;
 gnConv's gated interactions and output projection; LayerNorm, MLP and residual.
 
-They run in C++ (native/pixelwise.cpp) where that could be built and the processor has AVX-512: in float32 and under
-bfloat16's autocast, and forward alone in bfloat16. Elsewhere `usable` says no, and the caller computes the same with
-PyTorch's own operations.
+They run in C++ (native/pixelwise.cpp) where that could be built and the processor has AVX2 or AVX-512: in float32 and,
+with AVX-512's bfloat16, under its autocast; forward alone in bfloat16. Elsewhere `usable` says no, and the caller
+computes the same with PyTorch's own operations.
 
 Shapes: B batch, C channels, H height, W width, N hidden channels, P channels of gnConv's p_0, Q = 2C - P.
 """

@@ -13,7 +13,7 @@ from torch import nn
 from hornet_lit.network import DepthwiseConv, GnConv, HorNet, pixelwise
 from hornet_lit.network.hornet import Block
 
-needs_kernels = pytest.mark.skipif(not pixelwise._built(False), reason="no compiler, or no AVX-512")
+needs_kernels = pytest.mark.skipif(not pixelwise._built(False), reason="no compiler, or neither AVX2 nor AVX-512")
 FORWARD = ["linear_forward_f32", "gates_forward_f32", "mlp_forward_f32"]
 M = TypeVar("M", bound=nn.Module)
 

@@ -43,7 +43,7 @@ def only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     sides = dict.fromkeys((torch.float32, torch.bfloat16), 100)
     kernel, products = sides if request.param == "_Filter" else {}, sides if request.param == "by_products" else {}
     if kernel and not spectrum._built():
-        pytest.skip("no compiler, or no AVX-512")
+        pytest.skip("no compiler, or neither AVX2 nor AVX-512")
     monkeypatch.setattr(spectrum, "LONGEST_KERNEL_SIDE", kernel)
     monkeypatch.setattr(spectrum, "LONGEST_SIDE", {"cpu": products})
     for other in {"_Filter", "by_products", "by_fft"} - {request.param}:
@@ -80,7 +80,7 @@ def test_each_form_has_the_values_and_gradients_of_the_definition(
 
 def test_the_kernel_is_chosen_where_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     if not spectrum._built():
-        pytest.skip("no compiler, or no AVX-512")
+        pytest.skip("no compiler, or neither AVX2 nor AVX-512")
     for other in ("by_products", "by_fft"):
         monkeypatch.delattr(spectrum, other)
     x_BCHW, weight_CHF2 = (t.requires_grad_() for t in drawn(14, 14))
