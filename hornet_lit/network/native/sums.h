@@ -32,20 +32,20 @@ void turn(const Vec* tile, int64_t C, Vec* rows) {
 }
 
 // The gradients that a backward kernel adds up over pixels, each thread on its own: of weights, Σ over pixels of
-// d(n, pixel) · x(pixel, k), each (N, vectors(K) · 16); behind them 16 lanes for each element of vectors. d and x are
-// kept for a group of tiles, so that the sums, which fill the caches, are read and written less often.
+// d(n, pixel) · x(pixel, k), each (N, vectors(K) · kLanes); behind them a vector for each element of vectors. d and x
+// are kept for a group of tiles, so that the sums, which fill the caches, are read and written less often.
 template <class Dot>
 struct Sums {
     int count = 0;
-    int64_t N[kMaxOrder], K[kMaxOrder], size = 0;  // of floats
+    int64_t N[kMaxOrder], K[kMaxOrder], size = 0;  // K: of whole rows; size: of all, in floats
     float* weights[kMaxOrder];                     // where they go in the end, (N, K)
-    void add(int64_t n, int64_t k, float* weight) {  // k: of a whole row
+    void add(int64_t n, int64_t k, float* weight) {
         N[count] = n, K[count] = k, weights[count++] = weight, size += n * vectors(k) * kLanes;
     }
     int64_t elements = 0;  // of all vectors, and where they go
     float* vectors_to = nullptr;
-    // If not null: the last weight is that of scale ⊙ (W·x + b) and summed up turned, (K, N) for W (N, K), its rows whole,
-    // as if scale were 1; so is b, from element `bias` on. Scale's gradient, Σ d ⊙ (W·x + b), is W's rows times their sums, and b
+    // If not null: the last weight is that of scale ⊙ (W·x + b) and summed up turned, (K, N) for W (N, K), as if scale
+    // were 1; so is b, from element `bias` on. Scale's gradient, Σ d ⊙ (W·x + b), is W's rows times their sums, and b
     // times its.
     const typename Dot::Element* w = nullptr;
     const float *b, *scale;
@@ -58,7 +58,7 @@ constexpr int64_t kWidth = kGroup * kMaxV;  // vectors from channel to channel o
 
 template <class Dot>
 struct Kept {  // of a group, or from one of its tiles on
-    typename Dot::Element* d[kMaxOrder];  // channels kWidth · 16 apart
+    typename Dot::Element* d[kMaxOrder];  // channels kWidth vectors apart
     Vec* rows[kMaxOrder];
     int64_t pixels;
 };

@@ -1,8 +1,8 @@
 // Tiles, and what the kernels of pixelwise.cpp do with them.
 //
-// Maps are (pixels, channels) rows in memory. A thread takes V vectors of pixels at a time, turns them into a tile
-// (channels down, pixels across, one vector for 16 pixels with AVX-512, 8 with AVX2) and takes it through a whole kernel while it stays in the second-level
-// cache. So a weight is a number times whole vectors, read in its natural layout and never packed; norms need no sum
+// Maps are (pixels, channels) rows in memory. A thread takes V vectors of pixels at a time (of 16 with AVX-512, of 8 with
+// AVX2), turns them into a tile (channels down, pixels across) and takes it through a whole kernel while it stays in the
+// second-level cache. So a weight is a number times whole vectors, read in its natural layout and never packed; norms need no sum
 // across lanes; and between two products there is neither memory traffic nor a wait for other threads. A pixel's values
 // do not depend on its neighbours or on the number of threads; gradients of weights do, in their last bits, since each
 // thread adds up its own share.
@@ -220,7 +220,7 @@ void leave(const Vec* tile, int64_t rows, int64_t C, uint16_t* x) {
 }
 
 // What a product multiplies: float, or pairs of bfloat16 that lie in one lane, with sums in float. `joined` are the
-// vectors of kDepth × 16 elements in their order.
+// vectors of kDepth × kLanes elements in their order.
 struct Single {
     typedef float Element;
     static constexpr int64_t kDepth = 1;
@@ -344,7 +344,7 @@ inline Vec gelu_slope(Vec x) {
     return step(x, c, 5.6f);
 }
 
-// Σ over channels of term(c, v) for each vector, in parts of 16: sums of many channels would lose accuracy.
+// Σ over channels of term(c, v) for each vector, in parts: sums of many channels would lose accuracy.
 template <int V, class Term>
 inline __attribute__((always_inline)) void over_channels(int64_t C, Vec* sums, Term term) {
     for (int v = 0; v < V; ++v) sums[v] = Vec{};
