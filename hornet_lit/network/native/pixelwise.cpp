@@ -255,7 +255,8 @@ void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t
             add_lanes<V>(du, 2 * width, lanes, D);
             if (Dot::kDepth > 1) keep<Dot, V>(du, 2 * width, kept.d[k]);
             pack<Dot>(du, 2 * width, V);
-            product<V, Dot>(turned[k], width, du, D, 2 * width, [&](int64_t n, int v, Vec sum) { dz[n * V + v] = sum; });
+            const auto to_dz = [&](int64_t n, int v, Vec sum) { dz[n * V + v] = sum; };
+            product<V, Dot>(turned[k], width, du, D, 2 * width, to_dz);
         }
         for (int64_t i = 0; i < a.first * V; ++i) {
             const Vec gate = g[i];

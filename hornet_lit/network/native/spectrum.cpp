@@ -1,8 +1,8 @@
 // The global filter (HorNet §3.3): real 2-d DFT of each channel, a complex weight for each of its numbers, and back;
 // and the way back through all that. The DFT is four products with its matrices, each from the left.
 //
-// Sixteen or eight channels are one vector, and a map's side a dozen pixels or two: what one vector of channels of one image
-// needs lies in the first- or second-level cache from the first product to the last.
+// Sixteen or eight channels are one vector, and a map's side a dozen pixels or two: what one vector of channels of one
+// image needs lies in the first- or second-level cache from the first product to the last.
 //
 // B batch, C channels, H height, W width, F = W / 2 + 1 columns of a spectrum, G = 2F and L = 2H: real and imaginary
 // parts as rows of their own, G by part and column, L by row and part.

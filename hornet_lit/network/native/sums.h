@@ -194,7 +194,8 @@ void finish(const Sums<Dot>& s, const float* from, int64_t T) {
 }
 
 // `for_tiles` for backward kernels: run(V, tile, scratch, kept, lanes) fills what is kept for the weights' sums, and
-// adds to the lanes of the vectors'. The pixels are shared as among T threads, but only `workers` have sums of their own.
+// adds to the lanes of the vectors'. The pixels are shared as among T threads, but only `workers` have sums of their
+// own.
 template <class Dot, class Run>
 void for_tiles_back(int64_t M, int64_t T, int64_t workers, int64_t scratch, const Sums<Dot>& sums, Run run) {
     const int64_t share = sums.share();

@@ -1,11 +1,11 @@
 // Tiles, and what the kernels of pixelwise.cpp do with them.
 //
-// Maps are (pixels, channels) rows in memory. A thread takes V vectors of pixels at a time (of 16 with AVX-512, of 8 with
-// AVX2), turns them into a tile (channels down, pixels across) and takes it through a whole kernel while it stays in the
-// second-level cache. So a weight is a number times whole vectors, read in its natural layout and never packed; norms need no sum
-// across lanes; and between two products there is neither memory traffic nor a wait for other threads. A pixel's values
-// do not depend on its neighbours or on the number of threads; gradients of weights do, in their last bits, since each
-// thread adds up its own share.
+// Maps are (pixels, channels) rows in memory. A thread takes V vectors of pixels at a time (of 16 with AVX-512, of 8
+// with AVX2), turns them into a tile (channels down, pixels across) and takes it through a whole kernel while it stays
+// in the second-level cache. So a weight is a number times whole vectors, read in its natural layout and never packed;
+// norms need no sum across lanes; and between two products there is neither memory traffic nor a wait for other threads.
+// A pixel's values do not depend on its neighbours or on the number of threads; gradients of weights do, in their last
+// bits, since each thread adds up its own share.
 //
 // M pixels, C channels, K channels in, N channels out, T threads, V vectors of pixels, R rows of a product at a time.
 #pragma once
@@ -334,8 +334,9 @@ inline Vec normal_cdf(Vec x) {
 }
 template <class Dot>
 inline Vec gelu_slope(Vec x) {
-    constexpr float rough[] = {0.148467747f,  -0.0802264108f, 0.073923475f, -0.0805231651f, 0.0863509251f, -0.0887075257f,
-                               0.0865283839f, -0.0612801343f, 0.0260129327f, -0.0236874307f, 0.0297251435f, -0.0124148763f};
+    constexpr float rough[] = {0.148467747f, -0.0802264108f, 0.073923475f,  -0.0805231651f, 0.0863509251f,
+                               -0.0887075257f, 0.0865283839f, -0.0612801343f, 0.0260129327f, -0.0236874307f,
+                               0.0297251435f, -0.0124148763f};
     if (Dot::kDepth == 2) return step(x, rough, 4.8f);
     constexpr float c[] = {0.126416642f,   -0.0642823051f,  0.0518079604f, -0.050972425f,   0.0566848785f,
                            -0.0648823016f, 0.0716295838f,   -0.0737511776f, 0.0666107266f,  -0.0516532671f,
