@@ -78,6 +78,20 @@ def test_gradients_err_no_more_than_the_librarys(
     assert ran == MIXED + BACK
 
 
+def test_maps_larger_than_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are written past them, if their pixels are whole lines of memory."""
+    block, x_BCHW = small_block(64, 2), maps(1, 64, 130, 131)
+    double = copy.deepcopy(block).double()
+    exact = with_gradients(double, double, x_BCHW.double())
+
+    def computed() -> list[torch.Tensor]:
+        block.zero_grad()
+        return with_gradients(autocast(block), block, x_BCHW)
+
+    ours, theirs = in_both_ways(computed, monkeypatch)
+    assert error(ours, exact) < min(2e-2, 1.1 * error(theirs, exact))
+
+
 def test_there_is_no_way_back_in_bfloat16_alone(ran: list[str]) -> None:
     small_block().bfloat16()(maps(3, 20, 7, 5).bfloat16()).sum().backward()
     assert not ran

@@ -257,6 +257,17 @@ def test_with_avx2_alone(order: int, side: int, monkeypatch: pytest.MonkeyPatch,
 
 
 @needs_kernels
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_maps_larger_than_the_caches(channels_last: bool) -> None:
+    """They are written past them, if their pixels are whole lines of memory."""
+    block, x_BCHW = small_block(64, 2), maps(2, 64, 60, 61)
+    x_BCHW = x_BCHW if channels_last else x_BCHW.contiguous()
+    exact = copy.deepcopy(block).double()
+    for a, b in zip(with_gradients(block, block, x_BCHW), with_gradients(exact, exact, x_BCHW.double()), strict=True):
+        assert_near(a, b)
+
+
+@needs_kernels
 def test_compiled_in_one_graph_for_all_batches(ran: list[str]) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 

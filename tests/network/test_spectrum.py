@@ -110,6 +110,18 @@ def test_bfloat16_errs_by_its_rounding(height: int, width: int, only: str) -> No
     assert error(automatic, expected) < 1.5e-2
 
 
+@pytest.mark.parametrize("channels", [16, 24])
+def test_maps_larger_than_the_caches(channels: int) -> None:
+    """They are written past them, if their pixels are whole lines of memory."""
+    torch.manual_seed(0)
+    leaves = [t.requires_grad_() for t in (torch.randn(8, channels, 48, 46), torch.randn(channels, 48, 24, 2))]
+    results = [f(*leaves) for f in (spectrum.filter_spectrum, spectrum.by_fft)]
+    for ours, exact in zip(
+        *([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)] for y in results), strict=True
+    ):
+        assert error(ours, exact) < 3e-6
+
+
 @pytest.mark.parametrize("height,width", SIZES)
 def test_bfloat16_gradients_err_by_its_rounding(height: int, width: int, only: str) -> None:
     leaves = [t.requires_grad_() for t in drawn(height, width)]

@@ -9,6 +9,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -48,10 +51,19 @@ inline void store(Vec v, float* to, int64_t lanes) {
     }
 }
 
+// A whole line of memory, past the caches: not read before it is overwritten.
+inline void store_past(Vec v, float* to) {
+#ifdef __AVX512F__
+    _mm512_stream_ps(to, (__m512)v);
+#else
+    store(v, to, kLanes);
+#endif
+}
+
 // One vector of channels of a band: x is packed, w (K, K); y is the band's first pixel.
 template <int K>
 void convolve(const Vec* x, const Vec* w, Vec bias, float* y, int64_t rows, int64_t W, int64_t C, int64_t lanes,
-              int64_t width) {
+              int64_t width, bool past) {
     for (int64_t h = 0; h < rows; ++h)
         for (int64_t column = 0; column < W; column += kOutputs) {
             Vec sum[kOutputs];
@@ -68,7 +80,10 @@ void convolve(const Vec* x, const Vec* w, Vec bias, float* y, int64_t rows, int6
                 }
             }
             const int64_t outputs = W - column < kOutputs ? W - column : kOutputs;
-            for (int64_t u = 0; u < outputs; ++u) store(sum[u], y + (h * W + column + u) * C, lanes);
+            for (int64_t u = 0; u < outputs; ++u) {
+                float* to = y + (h * W + column + u) * C;
+                past ? store_past(sum[u], to) : store(sum[u], to, lanes);
+            }
         }
 }
 
@@ -78,6 +93,9 @@ void convolves(const float* x, const float* w, const float* bias, float* y, int6
                int64_t threads) {
     constexpr int64_t P = K / 2;
     const int64_t groups = (C + kGroup * kLanes - 1) / (kGroup * kLanes), bands = (H + kBand - 1) / kBand;
+    // As in tiles.h, `past_caches`.
+    const bool lines = C % kLanes == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+    const bool past = lines && B * H * W * C * sizeof(float) > 1 << 20;
     const int64_t width = (W + kOutputs - 1) / kOutputs * kOutputs + K - 1, height = (H < kBand ? H : kBand) + K - 1;
 #pragma omp parallel num_threads(threads)
     {
@@ -107,9 +125,12 @@ void convolves(const float* x, const float* w, const float* bias, float* y, int6
                         for (int64_t k = 0; k < K * K; ++k) weights[k] = load<Vec>(w + k * C + c, lanes);
                         const Vec start = bias ? load<Vec>(bias + c, lanes) : Vec{};
                         float* to = y + ((b * H + top) * W) * C + c;
-                        convolve<K>(packed + m * height * width, weights, start, to, rows, W, C, lanes, width);
+                        convolve<K>(packed + m * height * width, weights, start, to, rows, W, C, lanes, width, past);
                     }
                 }
+#ifdef __AVX512F__
+        _mm_sfence();
+#endif
         std::free(packed);
     }
 }

@@ -38,8 +38,8 @@ void linear_forward(const Linear<X, typename Dot::Element>& a, int64_t M, int64_
         affine<V>(x, a.K, a.norm, x);
         pack<Dot>(x, a.K, V);
         product<V, Dot>(a.w, a.N, x, a.K, [&](int64_t n, int v, Vec sum) { out[n * V + v] = sum + a.b[n]; });
-        leave<V>(out, t.rows, a.P, a.p + t.first * a.P);
-        leave<V>(out + a.P * V, t.rows, a.N - a.P, a.q + t.first * (a.N - a.P));
+        leave<V>(out, t, a.P, a.p, M);
+        leave<V>(out + a.P * V, t, a.N - a.P, a.q, M);
     });
 }
 
@@ -65,7 +65,7 @@ void linear_backward(const Linear<X, typename Dot::Element>& a, int64_t M, int64
         pack<Dot>(d, a.N, V);
         product<V, Dot>(w, a.K, d, D, a.N, [&](int64_t k, int v, Vec sum) { dx[k * V + v] = sum; });
         norm_back<V>(dx, x, inverse, a.K, a.norm, lanes + a.N, lanes + a.N + a.K);
-        leave<V>(dx, t.rows, a.K, a.dx + t.first * a.K);
+        leave<V>(dx, t, a.K, a.dx, M);
     };
     for_tiles_back(M, T, workers, 3 * a.K + a.N, sums, run);
     std::free(w);
@@ -91,6 +91,7 @@ struct Mlp {
 
 template <class X, class Dot>
 void mlp_forward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T) {
+    const bool past = a.h && past_caches(a.h, M, a.N);
     for_tiles(M, T, 2 * a.C + a.N, [&](auto size, const Tile& t, Vec* scratch) {
         constexpr int V = decltype(size)::value;
         Vec *x = scratch, *y = x + a.C * V, *hidden = y + a.C * V, inverse[V];
@@ -102,7 +103,11 @@ void mlp_forward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T) {
         pack<Dot>(x, a.C, V);
         product<V, Dot>(a.w1, a.N, x, a.C, [&](int64_t n, int v, Vec sum) {
             const Vec h = sum + a.b1[n];
-            if (kept) store(h, kept + (n * V + v) * kLanes, kLanes);
+            if (past) {
+                store_past(h, kept + (n * V + v) * kLanes);
+            } else if (kept) {
+                store(h, kept + (n * V + v) * kLanes, kLanes);
+            }
             hidden[n * V + v] = h * normal_cdf<Dot>(h);
         });
         pack<Dot>(hidden, a.N, V);
@@ -110,7 +115,7 @@ void mlp_forward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T) {
             const Vec branch = (sum + a.b2[c]) * a.scale[c];
             y[c * V + v] = a.residual ? y[c * V + v] + branch : branch;
         });
-        leave<V>(y, t.rows, a.C, a.y + t.first * a.C);
+        leave<V>(y, t, a.C, a.y, M);
     });
 }
 
@@ -149,7 +154,7 @@ void mlp_backward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T, 
         norm_back<V>(dx, x, inverse, a.C, a.norm, lanes + a.N + a.C, lanes + a.N + 2 * a.C);
         if (a.residual)
             for (int64_t i = 0; i < a.C * V; ++i) dx[i] += dy[i];
-        leave<V>(dx, t.rows, a.C, a.dx + t.first * a.C);
+        leave<V>(dx, t, a.C, a.dx, M);
     };
     for_tiles_back(M, T, workers, 4 * a.C + a.N, sums, run);
     std::free(w1);
@@ -195,7 +200,7 @@ void gates_forward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t 
             const Vec branch = (sum + b[c]) * a.scale[c];
             y[c * V + v] = a.x ? y[c * V + v] + branch : branch;
         });
-        leave<V>(y, t.rows, a.C, a.y + t.first * a.C);
+        leave<V>(y, t, a.C, a.y, M);
     });
 }
 
@@ -263,8 +268,8 @@ void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t
             g[i] = dz[i] * p[i];
             dz[i] *= gate;
         }
-        leave<V>(dz, t.rows, a.first, a.dp + t.first * a.first);
-        leave<V>(g, t.rows, Q, a.dgates + t.first * Q);
+        leave<V>(dz, t, a.first, a.dp, M);
+        leave<V>(g, t, Q, a.dgates, M);
     };
     for_tiles_back(M, T, workers, a.first + 3 * Q + 3 * a.C, sums, run);
     for (int64_t k = 0; k < a.order; ++k) std::free(turned[k]);

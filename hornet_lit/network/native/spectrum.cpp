@@ -80,6 +80,7 @@ inline void for_numbers(const Filter<T>& a, int64_t c, Run run) {
 template <class X>
 void filter(const Filter<X>& a, int64_t T) {
     const int64_t groups = vectors(a.C);
+    const bool past = sizeof(X) == sizeof(float) && past_caches(a.y, a.B * a.H * a.W, a.C);
 #pragma omp parallel num_threads(T)
     {
         Vec *map = allocated(3 * a.map()), *between = map + a.map(), *spectrum = between + a.map();
@@ -95,9 +96,11 @@ void filter(const Filter<X>& a, int64_t T) {
                     spectrum[imag] = spectrum[imag] * by_real + was * by_imag;
                 });
                 back(a, a.back_h, a.back_w, spectrum, between, [&](int64_t column, int64_t row, Vec sum) {
-                    store(sum, a.y + ((b * a.H + row) * a.W + column) * a.C + c, a.C - c);
+                    auto* to = a.y + ((b * a.H + row) * a.W + column) * a.C + c;
+                    past ? store_past(sum, to) : store(sum, to, a.C - c);
                 });
             }
+        _mm_sfence();
         std::free(map);
     }
 }
@@ -105,6 +108,7 @@ void filter(const Filter<X>& a, int64_t T) {
 template <class X>
 void filter_backward(const Filter<X>& a, int64_t T) {
     const int64_t groups = vectors(a.C);
+    const bool past = sizeof(X) == sizeof(float) && past_caches(a.dx, a.B * a.H * a.W, a.C);
 #pragma omp parallel num_threads(T)
     {
         Vec *map = allocated(4 * a.map()), *between = map + a.map(), *spectrum = between + a.map();
@@ -128,9 +132,11 @@ void filter_backward(const Filter<X>& a, int64_t T) {
                     d[i] = d[i] * by_real - was * by_imag;
                 });
                 back(a, a.turned_h, a.turned_w, d, between, [&](int64_t column, int64_t row, Vec sum) {
-                    store(sum, a.dx + ((b * a.H + row) * a.W + column) * a.C + c, a.C - c);
+                    auto* to = a.dx + ((b * a.H + row) * a.W + column) * a.C + c;
+                    past ? store_past(sum, to) : store(sum, to, a.C - c);
                 });
             }
+        _mm_sfence();
         std::free(map);
     }
 }

@@ -229,6 +229,7 @@ void for_tiles_back(int64_t M, int64_t T, int64_t workers, int64_t scratch, cons
                 add_weights(sums, kept, own);
             }
         }
+        _mm_sfence();
         std::free(room);
     }
     finish(sums, all_sums, workers);

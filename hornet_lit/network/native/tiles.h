@@ -3,9 +3,9 @@
 // Maps are (pixels, channels) rows in memory. A thread takes V vectors of pixels at a time (of 16 with AVX-512, of 8
 // with AVX2), turns them into a tile (channels down, pixels across) and takes it through a whole kernel while it stays
 // in the second-level cache. So a weight is a number times whole vectors, read in its natural layout and never packed;
-// norms need no sum across lanes; and between two products there is neither memory traffic nor a wait for other threads.
-// A pixel's values do not depend on its neighbours or on the number of threads; gradients of weights do, in their last
-// bits, since each thread adds up its own share.
+// norms need no sum across lanes; and between two products there is neither memory traffic nor a wait for other
+// threads. A pixel's values do not depend on its neighbours or on the number of threads; gradients of weights do, in
+// their last bits, since each thread adds up its own share.
 //
 // M pixels, C channels, K channels in, N channels out, T threads, V vectors of pixels, R rows of a product at a time.
 #pragma once
@@ -36,6 +36,7 @@ constexpr int64_t kLanes = 16, kR = 8, kMaxV = 3;  // kR × kMaxV sums fill thre
 constexpr int64_t kLanes = 8, kR = 6, kMaxV = 2;
 #endif
 constexpr int64_t kGroup = 4, kMaxOrder = 16;
+constexpr uint64_t kCached = 1 << 20;  // bytes
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 
 typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));  // bfloat16: a float's upper half
@@ -162,6 +163,10 @@ inline void transpose(Vec (&r)[kLanes]) {
 #endif
 #undef MIX
 
+struct Tile {
+    int64_t first, rows;  // of the pixels
+};
+
 // (rows, C) from memory into a tile of channels `pitch` vectors apart; pixels beyond `rows` are 0.
 template <int V>
 void enter(const float* x, int64_t rows, int64_t C, Vec* tile, int64_t pitch = V) {
@@ -191,21 +196,51 @@ void enter(const uint16_t* x, int64_t rows, int64_t C, Vec* tile, int64_t pitch 
         }
 }
 
-// A tile's first `rows` pixels to memory, as rows of C channels.
+// Whether the lines of a map of M pixels of C channels are written past the caches: one that they would not keep costs
+// less so, since no line is read before it is overwritten. Only whole lines, whole vectors.
+template <class T>
+bool past_caches(const T* x, int64_t M, int64_t C) {
+    const uint64_t row = C * sizeof(T), line = 64;
+    return sizeof(Vec) == line && M * row > kCached && row % line == 0 && reinterpret_cast<uintptr_t>(x) % line == 0;
+}
+
+inline void store_past(Vec v, float* to) {
+#ifdef __AVX512F__
+    _mm512_stream_ps(to, (__m512)v);
+#else
+    store(v, to, kLanes);
+#endif
+}
+inline void store_past(Vec v, uint16_t* to) {
+#ifdef __AVX512F__
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)narrowed(v));
+#else
+    store(v, to, kLanes);
+#endif
+}
+
+template <class T>
+void store_line(Vec v, T* to, int64_t count, bool past) {
+    past ? store_past(v, reinterpret_cast<float*>(to)) : store_some(v, to, count);
+}
+
+// A tile's first `rows` pixels to memory, from the first of them on, as rows of C channels of a map of M pixels.
 template <int V>
-void leave(const Vec* tile, int64_t rows, int64_t C, float* x) {
+void leave(const Vec* tile, const Tile& t, int64_t C, float* x, int64_t M) {
+    const bool past = past_caches(x, M, C);
     for (int64_t v = 0; v < V; ++v)
         for (int64_t c = 0; c < C; c += kLanes) {
             Vec r[kLanes];
             for (int64_t i = 0; i < kLanes; ++i) r[i] = c + i < C ? tile[(c + i) * V + v] : Vec{};
             transpose(r);
-            for (int64_t i = 0; i < kLanes && v * kLanes + i < rows; ++i)
-                store(r[i], x + (v * kLanes + i) * C + c, C - c);
+            for (int64_t i = 0; i < kLanes && v * kLanes + i < t.rows; ++i)
+                store_line(r[i], x + (t.first + v * kLanes + i) * C + c, C - c, past);
         }
 }
 
 template <int V>
-void leave(const Vec* tile, int64_t rows, int64_t C, uint16_t* x) {
+void leave(const Vec* tile, const Tile& t, int64_t C, uint16_t* x, int64_t M) {
+    const bool past = past_caches(x, M, C);
     for (int64_t v = 0; v < V; ++v)
         for (int64_t c = 0; c < C; c += 2 * kLanes) {
             Vec r[kLanes];
@@ -214,8 +249,8 @@ void leave(const Vec* tile, int64_t rows, int64_t C, uint16_t* x) {
                 r[i] = k < C ? paired(tile[k * V + v], k + 1 < C ? tile[(k + 1) * V + v] : Vec{}) : Vec{};
             }
             transpose(r);
-            for (int64_t i = 0; i < kLanes && v * kLanes + i < rows; ++i)
-                store_some(r[i], x + (v * kLanes + i) * C + c, C - c);
+            for (int64_t i = 0; i < kLanes && v * kLanes + i < t.rows; ++i)
+                store_line(r[i], x + (t.first + v * kLanes + i) * C + c, C - c, past);
         }
 }
 
@@ -413,10 +448,6 @@ void norm_back(Vec* d, const Vec* x, const Vec* inverse, int64_t C, const Norm& 
         }
 }
 
-struct Tile {
-    int64_t first, rows;  // of the pixels
-};
-
 template <class Run>
 void with_size(int64_t V, Run run) {
     if (V == kMaxV) {
@@ -452,6 +483,7 @@ void for_tiles(int64_t M, int64_t T, int64_t scratch, Run run) {
             V = next_tile(from, end, M, tile);
             with_size(V, [&](auto size) { run(size, tile, room); });
         }
+        _mm_sfence();  // after what went past the caches
         std::free(room);
     }
 }
