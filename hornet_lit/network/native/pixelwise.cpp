@@ -34,6 +34,7 @@ void linear_forward(const Linear<X, typename Dot::Element>& a, int64_t M, int64_
         constexpr int V = decltype(size)::value;
         Vec *x = scratch, *out = x + a.K * V, inverse[V];
         enter<V>(a.x + t.first * a.K, t.rows, a.K, x);
+        prefetch_next(a.x, t, a.K, M);
         standardise<V>(x, a.K, a.norm.eps, inverse);
         affine<V>(x, a.K, a.norm, x);
         pack<Dot>(x, a.K, V);
@@ -57,6 +58,7 @@ void linear_backward(const Linear<X, typename Dot::Element>& a, int64_t M, int64
         enter<V>(a.x + t.first * a.K, t.rows, a.K, x);
         enter<V>(a.p + t.first * a.P, t.rows, a.P, d, D);
         enter<V>(a.q + t.first * (a.N - a.P), t.rows, a.N - a.P, d + a.P * D, D);
+        prefetch_next(a.x, t, a.K, M), prefetch_next(a.p, t, a.P, M), prefetch_next(a.q, t, a.N - a.P, M);
         standardise<V>(x, a.K, a.norm.eps, inverse);
         affine<V>(x, a.K, a.norm, in);
         turn<Dot, V>(in, a.K, kept.rows[0]);
@@ -98,6 +100,7 @@ void mlp_forward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T) {
         auto* kept = a.h ? a.h + t.first * a.N : nullptr;
         enter<V>(a.x + t.first * a.C, t.rows, a.C, y);
         std::memcpy(x, y, a.C * V * sizeof(Vec));
+        prefetch_next(a.x, t, a.C, M);
         standardise<V>(x, a.C, a.norm.eps, inverse);
         affine<V>(x, a.C, a.norm, x);
         pack<Dot>(x, a.C, V);
@@ -133,6 +136,7 @@ void mlp_backward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T, 
         const auto [dh, D] = in_place<Dot, V>(kept.d[0], next);
         const auto* kept_h = a.h + t.first * a.N;  // at any address: hooks may have moved what was kept
         enter<V>(a.dy + t.first * a.C, t.rows, a.C, dy);
+        prefetch_next(a.dy, t, a.C, M), prefetch_next(a.x, t, a.C, M);
         turn<Dot, V>(dy, a.C, kept.rows[1]);
         scaled<V>(dy, a.C, a.scale, dx);
         pack<Dot>(dx, a.C, V);
@@ -184,6 +188,8 @@ void gates_forward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t 
         enter<V>(a.p + t.first * a.first, t.rows, a.first, p);
         enter<V>(a.gates + t.first * a.filtered(), t.rows, a.filtered(), z);
         for (int64_t i = 0; i < a.first * V; ++i) z[i] *= p[i];
+        prefetch_next(a.p, t, a.first, M), prefetch_next(a.gates, t, a.filtered(), M);
+        if (a.x) prefetch_next(a.x, t, a.C, M);
         pack<Dot>(z, a.first, V);
         int64_t k = 0;
         for (int64_t width = a.first; k + 1 < a.order; ++k, width *= 2) {
@@ -225,6 +231,7 @@ void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t
         Vec *dz = dy + a.C * V, *other = dz + a.C * V;
         enter<V>(a.p + t.first * a.first, t.rows, a.first, p);
         enter<V>(a.gates + t.first * Q, t.rows, Q, g);
+        prefetch_next(a.p, t, a.first, M), prefetch_next(a.gates, t, Q, M), prefetch_next(a.dy, t, a.C, M);
         for (int64_t i = 0; i < a.first * V; ++i) z[i] = p[i] * g[i];
         int64_t width = a.first;
         for (int64_t k = 0; k < last; ++k, width *= 2) {

@@ -196,6 +196,13 @@ void enter(const uint16_t* x, int64_t rows, int64_t C, Vec* tile, int64_t pitch 
         }
 }
 
+// Asks for the next tile's pixels of a map while this one is computed: read row by row, the processor would not guess.
+template <class T>
+void prefetch_next(const T* x, const Tile& t, int64_t C, int64_t M) {
+    const int64_t first = t.first + t.rows, last = first + kMaxV * kLanes < M ? first + kMaxV * kLanes : M;
+    for (int64_t at = first * C; at < last * C; at += 64 / sizeof(T)) __builtin_prefetch(x + at, 0, 2);
+}
+
 // Whether the lines of a map of M pixels of C channels are written past the caches: one that they would not keep costs
 // less so, since no line is read before it is overwritten. Only whole lines, whole vectors.
 template <class T>
