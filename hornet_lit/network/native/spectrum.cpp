@@ -60,8 +60,11 @@ void back(const Filter<T>& a, const float* h, const float* w, const Vec* spectru
 template <class T>
 void read(const Filter<T>& a, const T* x, int64_t pitch, int64_t b, int64_t c, Vec* map) {
     for (int64_t row = 0; row < a.H; ++row)
-        for (int64_t column = 0; column < a.W; ++column)
-            map[column * a.H + row] = load(x + ((b * a.H + row) * a.W + column) * pitch + c, a.C - c);
+        for (int64_t column = 0; column < a.W; ++column) {
+            const T* from = x + ((b * a.H + row) * a.W + column) * pitch + c;
+            __builtin_prefetch(from + kLanes, 0, 2);  // for the next channels
+            map[column * a.H + row] = load(from, a.C - c);
+        }
 }
 
 // run(at, real, imag, by_real, by_imag) for each of the H × F numbers of a spectrum: its place, those of its two parts,
