@@ -78,37 +78,40 @@ void keep(const Vec* tile, int64_t N, typename Dot::Element* d) {
 }
 
 template <class Dot, int R, int V>
-void add_outer(const Kept<Dot>& kept, int i, int64_t n, int64_t k, int64_t width, Vec* to) {
+void add_outer(const Kept<Dot>& kept, int i, int64_t n, int64_t k, int64_t width, bool first, Vec* to) {
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) __builtin_prefetch(to + (n + r) * width + k + v, 1);
     Vec sums[R][V] = {};
     const int64_t pitch = kWidth * kLanes;
     accumulate<Dot>(sums, kept.d[i] + n * pitch, pitch, kept.rows[i] + k, width | 1, kept.pixels);
     for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) to[(n + r) * width + k + v] += sums[r][v];
+        for (int v = 0; v < V; ++v) {
+            Vec& sum = to[(n + r) * width + k + v];
+            sum = first ? sums[r][v] : sum + sums[r][v];
+        }
 }
 
 template <class Dot, int R>
-void add_rows(const Kept<Dot>& kept, int i, int64_t n, int64_t width, Vec* to) {
+void add_rows(const Kept<Dot>& kept, int i, int64_t n, int64_t width, bool first, Vec* to) {
     for (int64_t k = 0; k < width;) {
         const int64_t left = width - k;
         if (left >= kMaxV && left != kMaxV + 1) {
-            add_outer<Dot, R, kMaxV>(kept, i, n, k, width, to), k += kMaxV;
+            add_outer<Dot, R, kMaxV>(kept, i, n, k, width, first, to), k += kMaxV;
         } else if (left > 1) {
-            add_outer<Dot, R, 2>(kept, i, n, k, width, to), k += 2;
+            add_outer<Dot, R, 2>(kept, i, n, k, width, first, to), k += 2;
         } else {
-            add_outer<Dot, R, 1>(kept, i, n, k, width, to), k += 1;
+            add_outer<Dot, R, 1>(kept, i, n, k, width, first, to), k += 1;
         }
     }
 }
 
 template <class Dot>
-void add_weights(const Sums<Dot>& sums, const Kept<Dot>& kept, float* to) {
+void add_weights(const Sums<Dot>& sums, const Kept<Dot>& kept, bool first, float* to) {
     for (int i = 0; i < sums.count; ++i) {
         const int64_t N = sums.N[i], width = vectors(sums.K[i]);
         int64_t n = 0;
-        for (; n + kR <= N; n += kR) add_rows<Dot, kR>(kept, i, n, width, reinterpret_cast<Vec*>(to));
-        for (; n < N; ++n) add_rows<Dot, 1>(kept, i, n, width, reinterpret_cast<Vec*>(to));
+        for (; n + kR <= N; n += kR) add_rows<Dot, kR>(kept, i, n, width, first, reinterpret_cast<Vec*>(to));
+        for (; n < N; ++n) add_rows<Dot, 1>(kept, i, n, width, first, reinterpret_cast<Vec*>(to));
         to += N * width * kLanes;
     }
 }
@@ -205,20 +208,22 @@ void for_tiles_back(int64_t M, int64_t T, int64_t workers, int64_t scratch, cons
 #pragma omp parallel for num_threads(workers) schedule(static)
     for (int64_t worker = 0; worker < workers; ++worker) {
         float* own = all_sums + worker * share;
-        std::memset(own, 0, share * sizeof(float));
+        std::memset(own + sums.size, 0, (share - sums.size) * sizeof(float));
         Vec *room = allocated(scratch * kMaxV + each), *next = room + scratch * kMaxV;
         Kept<Dot> kept;
         for (int i = 0; i < sums.count; ++i) {
             kept.d[i] = reinterpret_cast<typename Dot::Element*>(next), next += sums.N[i] * kWidth;
             kept.rows[i] = next, next += pitch(sums.K[i]) * kLanes * kWidth;
         }
+        bool first = true;
         for (int64_t t = T * worker / workers; t < T * (worker + 1) / workers; ++t) {
             const int64_t end = vectors(M) * (t + 1) / T;
             for (int64_t from = vectors(M) * t / T; from < end;) {
+                const int64_t groups = (end - from + kWidth - 1) / kWidth, width = (end - from + groups - 1) / groups;
                 Kept<Dot> at = kept;
                 Tile tile;
                 int64_t count = 0;
-                for (int64_t V; from < end && count + (V = next_tile(from, end, M, tile)) <= kWidth;) {
+                for (int64_t V; count < width && count + (V = next_tile(from, end, M, tile)) <= kWidth;) {
                     Vec* lanes = reinterpret_cast<Vec*>(own + sums.size);
                     with_size(V, [&](auto size) { run(size, tile, room, at, lanes); });
                     from += V, count += V;
@@ -226,9 +231,11 @@ void for_tiles_back(int64_t M, int64_t T, int64_t workers, int64_t scratch, cons
                         at.d[i] += V * kLanes, at.rows[i] += V * kLanes / Dot::kDepth * pitch(sums.K[i]);
                 }
                 kept.pixels = count * kLanes;
-                add_weights(sums, kept, own);
+                add_weights(sums, kept, first, own);
+                first = false;
             }
         }
+        if (first) std::memset(own, 0, sums.size * sizeof(float));
         _mm_sfence();
         std::free(room);
     }

@@ -35,7 +35,7 @@ constexpr int64_t kLanes = 16, kR = 8, kMaxV = 3;  // kR × kMaxV sums fill thre
 #else
 constexpr int64_t kLanes = 8, kR = 6, kMaxV = 2;
 #endif
-constexpr int64_t kGroup = 4, kMaxOrder = 16;
+constexpr int64_t kGroup = 5, kMaxOrder = 16;
 constexpr uint64_t kCached = 1 << 20;  // bytes
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 
