@@ -46,7 +46,7 @@ def filter_spectrum(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Te
     weight_CHF2 = resize_spectrum(weight_CHF2, (height, width // 2 + 1))
     device = x_BCHW.device.type
     if device in LONGEST_SIDE and not exporting():
-        if _by_kernel(x_BCHW):
+        if _by_kernel(x_BCHW, weight_CHF2):
             return _Filter.apply(x_BCHW, weight_CHF2.float())
         autocast = torch.is_autocast_enabled(device) and x_BCHW.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else x_BCHW.dtype
@@ -80,10 +80,11 @@ def by_products(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor
     return y.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _by_kernel(x_BCHW: torch.Tensor) -> bool:
+def _by_kernel(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> bool:
     if x_BCHW.device.type != "cpu" or max(x_BCHW.shape[-2:]) > LONGEST_KERNEL_SIDE.get(x_BCHW.dtype, 0):
         return False
-    return not observed() and _built()
+    # What does not fit is left to the library, which says so.
+    return len(weight_CHF2) == x_BCHW.shape[1] and not observed() and _built()
 
 
 def _built() -> bool:
@@ -96,7 +97,8 @@ def _pixels(x_BCHW: torch.Tensor) -> torch.Tensor:
     _, height, width, _ = x_BHWC.shape
     pitch = x_BHWC.stride(2)
     expected = (height * width * pitch, width * pitch, pitch, 1)
-    return x_BHWC if x_BHWC.stride() == expected else x_BHWC.contiguous()
+    # Not `contiguous`, which leaves a side of 1 whatever stride it has.
+    return x_BHWC if x_BHWC.stride() == expected else x_BHWC.clone(memory_format=torch.contiguous_format)
 
 
 def _run(name: str, x_BHWC: torch.Tensor, **tensors: torch.Tensor) -> None:

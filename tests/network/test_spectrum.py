@@ -94,6 +94,28 @@ def test_the_kernel_is_chosen_where_it_is_built(monkeypatch: pytest.MonkeyPatch)
     torch.library.opcheck(torch.ops.hornet_lit.global_filter_backward, (dy_BCHW, x_BCHW.detach(), weight_CHF2.detach()))
 
 
+@pytest.mark.parametrize("height,width", [(1, 1), (6, 1), (1, 6)])
+def test_the_stride_of_a_side_of_one_is_not_read(height: int, width: int) -> None:
+    """It may be anything: 1 in (B, C, 1, 1) as PyTorch lays it out, or as long as the map."""
+    torch.manual_seed(0)
+    weight_CHF2 = torch.randn(4, height, width // 2 + 1, 2)
+    standard_BCHW = torch.randn(2, 4, height, width)
+    turned_BCHW = torch.randn(2, 4, width, height).contiguous(memory_format=torch.channels_last).transpose(2, 3)
+    for x_BCHW in (standard_BCHW, turned_BCHW):
+        for dy_BCHW in (standard_BCHW, turned_BCHW):
+            grads = []
+            for x, weight in ((x_BCHW, weight_CHF2), (x_BCHW.double(), weight_CHF2.double())):
+                leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
+                y = (spectrum.filter_spectrum if x.dtype == torch.float32 else differentiable)(*leaves)
+                grads.append((y.detach(), *torch.autograd.grad(y, leaves, dy_BCHW.to(x.dtype))))
+            assert max(error(ours, exact) for ours, exact in zip(*grads, strict=True)) < 1e-6
+
+
+def test_a_weight_that_does_not_fit_is_an_error_and_not_read() -> None:
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        spectrum.filter_spectrum(torch.randn(2, 40, 6, 6), torch.randn(20, 6, 4, 2))
+
+
 def test_gradients_of_the_products_by_finite_differences() -> None:
     x_BCHW, weight_CHF2 = (t.requires_grad_() for t in drawn(5, 6, dtype=torch.double))
     assert torch.autograd.gradcheck(spectrum.filter_spectrum, (x_BCHW, weight_CHF2))
