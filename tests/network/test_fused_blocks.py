@@ -181,6 +181,16 @@ def test_layers_that_do_not_fit_are_errors_and_not_read(path: str, make: Callabl
         block(maps(2, 20, 7, 5))
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_norms_without_epsilon(mixed: bool) -> None:
+    block = small_block()
+    block.norm1.eps = block.norm2.eps = 0.0
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        y_BCHW = block(maps(1, 20, 3, 1))
+    y_BCHW.sum().backward()
+    assert all(p.grad.isfinite().all() for p in block.parameters())
+
+
 def test_autocast() -> None:
     block, x_BCHW = small_block(), maps(2, 20, 7, 5)
     exact = block(x_BCHW)
