@@ -85,7 +85,7 @@ class Block(Recomputing):
         return self.gnconv.normed(x_BCHW, self.norm1, self.gamma1, residual=residual)
 
     def _fused_mlp(self, x_BCHW: torch.Tensor, residual: bool) -> torch.Tensor | None:
-        if not usable(x_BCHW, self.norm2, self.pwconv1, self.act, self.pwconv2):
+        if not usable(x_BCHW, self.norm2, self.pwconv1, self.pwconv2, act=self.act):
             return None
         return norm_mlp(x_BCHW, self.norm2, self.pwconv1, self.pwconv2, self.gamma2, residual=residual)
 

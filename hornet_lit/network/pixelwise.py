@@ -35,14 +35,11 @@ from hornet_lit.network.native.arguments import (
 )
 
 MOST_BYTES = 2**30  # for all threads' sums in a backward kernel: few threads for wide layers on large machines
-PLAIN = (LayerNorm2d, nn.Conv2d, ChannelLinear, GELU)
+LINEAR = (nn.Conv2d, ChannelLinear)
 
 
-def usable(x_BCHW: torch.Tensor, *modules: nn.Module) -> bool:
-    """Whether the fused operations may stand for ``modules`` here: nobody can look in between or has changed them.
-
-    The first one is the norm over x's channels.
-    """
+def usable(x_BCHW: torch.Tensor, norm: nn.Module, *linears: nn.Module, act: nn.Module | None = None) -> bool:
+    """Whether the fused operations may stand for these modules here: nobody can look in between or has changed them."""
     if x_BCHW.device.type != "cpu" or x_BCHW.ndim != 4 or observed():
         return False
     autocast = torch.is_autocast_enabled("cpu")
@@ -53,11 +50,13 @@ def usable(x_BCHW: torch.Tensor, *modules: nn.Module) -> bool:
         return False
     if x_BCHW.dtype == torch.bfloat16 and torch.is_grad_enabled():  # backward kernels are for float32 maps alone
         return False
-    if not all(_plain(m, x_BCHW.dtype) for m in modules):
+    if not _plain(norm, x_BCHW.dtype, LayerNorm2d) or not all(_plain(m, x_BCHW.dtype, *LINEAR) for m in linears):
         return False
-    if modules[0].eps <= 0:  # a tile's missing pixels, all 0, would spoil the sums of gradients
+    if act is not None and (type(act) is not GELU or changed(act) or act.approximate != "none"):
         return False
-    return len(modules[0].weight) == x_BCHW.shape[1]  # else the library's own error is the clearest
+    if norm.eps <= 0:  # a tile's missing pixels, all 0, would spoil the sums of gradients
+        return False
+    return len(norm.weight) == x_BCHW.shape[1]  # else the library's own error is the clearest
 
 
 def promoted(x_BCHW: torch.Tensor, scale_C: torch.Tensor | None) -> torch.Tensor:
@@ -67,11 +66,9 @@ def promoted(x_BCHW: torch.Tensor, scale_C: torch.Tensor | None) -> torch.Tensor
     return x_BCHW.float() if mixed and scale_C is not None and scale_C.dtype == torch.float32 else x_BCHW
 
 
-def _plain(module: nn.Module, dtype: torch.dtype) -> bool:
-    if type(module) not in PLAIN or changed(module):
+def _plain(module: nn.Module, dtype: torch.dtype, *types: type[nn.Module]) -> bool:
+    if type(module) not in types or changed(module):
         return False
-    if isinstance(module, nn.GELU):
-        return module.approximate == "none"
     if isinstance(module, nn.Conv2d):
         size = module.kernel_size, module.stride, module.padding, module.groups
         if size != ((1, 1), (1, 1), (0, 0), 1):

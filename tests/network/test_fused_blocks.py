@@ -181,6 +181,17 @@ def test_layers_that_do_not_fit_are_errors_and_not_read(path: str, make: Callabl
         block(maps(2, 20, 7, 5))
 
 
+@pytest.mark.parametrize(
+    "path,make",
+    [("act", lambda _: ChannelLinear(80, 80)), ("norm1", lambda _: nn.Conv2d(20, 20, 1))]
+    + [(path, lambda _: GELU()) for path in ("gnconv.proj_out", "norm2")],
+)
+def test_modules_of_another_ones_kind_are_not_taken_for_it(path: str, make: Callable) -> None:
+    block, x_BCHW = small_block(), maps(2, 20, 7, 5)
+    replaced(path, make)(block)
+    assert_near(block(x_BCHW), copy.deepcopy(block).double()(x_BCHW.double()))
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_norms_without_epsilon(mixed: bool) -> None:
     block = small_block()
