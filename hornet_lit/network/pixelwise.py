@@ -21,18 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from hornet_lit.network import native
 from hornet_lit.network.layers import GELU, ChannelLinear, changed, observed
-from hornet_lit.network.native.arguments import (
-    MAX_ORDER,
-    Gates,
-    Int,
-    Linear,
-    Mlp,
-    Norm,
-    Pointer,
-    map_like,
-    pointer,
-    rows,
-)
+from hornet_lit.network.native.arguments import Gates, Int, Linear, Mlp, Norm, Pointers, map_like, pointer, rows
 
 MOST_BYTES = 2**30  # for all threads' sums in a backward kernel: few threads for wide layers on large machines
 LINEAR = (nn.Conv2d, ChannelLinear)
@@ -325,10 +314,9 @@ def _gates_arguments(
     biases: Sequence[torch.Tensor],
     scale_C: torch.Tensor,
 ) -> Gates:
-    many = Pointer * MAX_ORDER
     arguments = Gates(C=len(scale_C), order=len(weights), first=p.shape[-1], scale=pointer(scale_C))
     arguments.p, arguments.gates = pointer(p), pointer(gates)
-    arguments.w, arguments.b = many(*map(pointer, weights)), many(*map(pointer, biases))
+    arguments.w, arguments.b = Pointers(*map(pointer, weights)), Pointers(*map(pointer, biases))
     return arguments
 
 
@@ -348,7 +336,7 @@ def _gates_backward(
     dvectors = scale_C.new_empty(sum(widths))
     arguments = _gates_arguments(p, gates, weights, biases, scale_C)
     arguments.dy, arguments.dp, arguments.dgates = pointer(dy), pointer(dp_BPHW), pointer(dgates_BQHW)
-    arguments.dw = (Pointer * MAX_ORDER)(*map(pointer, dws))
+    arguments.dw = Pointers(*map(pointer, dws))
     arguments.dvectors, arguments.dscale = pointer(dvectors), pointer(dscale_C)
     name = f"gates_backward_{_type(dy_BCHW, p)}"
     _run(name, arguments, p.numel() // p.shape[-1], threads, _workers(weights, threads))

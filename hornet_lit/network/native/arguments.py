@@ -12,6 +12,7 @@ import torch
 
 MAX_ORDER = 16  # of gnConv
 Pointer, Int = ctypes.c_void_p, ctypes.c_int64
+Pointers = Pointer * MAX_ORDER
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:
@@ -48,9 +49,9 @@ class Mlp(ctypes.Structure):
 
 class Gates(ctypes.Structure):
     _fields_ = [("p", Pointer), ("gates", Pointer), ("C", Int), ("order", Int), ("first", Int)]
-    _fields_ += [("w", Pointer * MAX_ORDER), ("b", Pointer * MAX_ORDER)]
+    _fields_ += [("w", Pointers), ("b", Pointers)]
     _fields_ += [(name, Pointer) for name in ("scale", "x", "y", "dy")]
-    _fields_ += [("dp", Pointer), ("dgates", Pointer), ("dw", Pointer * MAX_ORDER)]
+    _fields_ += [("dp", Pointer), ("dgates", Pointer), ("dw", Pointers)]
     _fields_ += [("dvectors", Pointer), ("dscale", Pointer)]
 
 
