@@ -2,8 +2,7 @@
 // gnConv's gated interactions with its output projection; LayerNorm, MLP and residual (HorNet equations 3.1 to 3.4).
 //
 // X is the element of the residual stream (x, y), Dot::Element that of weights and of what gnConv filters; vectors
-// (biases, scales, norms) are always float. What d* point to is written. Backward kernels are
-// for float streams alone.
+// (biases, scales, norms) are always float. What d* point to is written. Backward kernels are for float streams alone.
 //
 // Rows of weights are whole numbers of what a product multiplies (see `whole`); those of their gradients too.
 //
