@@ -38,6 +38,17 @@ def autocast(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return forward
 
 
+def gradients(block: nn.Module, x_BCHW: torch.Tensor, patch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
+    """Values and gradients under autocast by the kernels and by the library, and in float64."""
+
+    def computed() -> list[torch.Tensor]:
+        block.zero_grad()
+        return with_gradients(autocast(block), block, x_BCHW)
+
+    double = copy.deepcopy(block).double()
+    return [*in_both_ways(computed, patch), with_gradients(double, double, x_BCHW.double())]
+
+
 def error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
     """Of all tensors alike, small and large ones."""
     assert all(torch.isfinite(t).all() for t in found)
@@ -66,14 +77,7 @@ def test_gradients_err_no_more_than_the_librarys(
     dim: int, order: int, ratio: float, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block, x_BCHW = small_block(dim, order, mlp_ratio=ratio), maps(5, dim, 14, 13)
-    double = copy.deepcopy(block).double()
-    exact = with_gradients(double, double, x_BCHW.double())
-
-    def computed() -> list[torch.Tensor]:
-        block.zero_grad()
-        return with_gradients(autocast(block), block, x_BCHW)
-
-    ours, theirs = in_both_ways(computed, monkeypatch)
+    ours, theirs, exact = gradients(block, x_BCHW, monkeypatch)
     assert error(ours, exact) < min(2e-2, 1.1 * error(theirs, exact))
     assert ran == MIXED + BACK
 
@@ -81,14 +85,7 @@ def test_gradients_err_no_more_than_the_librarys(
 def test_maps_larger_than_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are written past them, if their pixels are whole lines of memory."""
     block, x_BCHW = small_block(64, 2), maps(1, 64, 130, 131)
-    double = copy.deepcopy(block).double()
-    exact = with_gradients(double, double, x_BCHW.double())
-
-    def computed() -> list[torch.Tensor]:
-        block.zero_grad()
-        return with_gradients(autocast(block), block, x_BCHW)
-
-    ours, theirs = in_both_ways(computed, monkeypatch)
+    ours, theirs, exact = gradients(block, x_BCHW, monkeypatch)
     assert error(ours, exact) < min(2e-2, 1.1 * error(theirs, exact))
 
 
@@ -103,14 +100,7 @@ def test_a_stages_first_map_is_promoted_as_the_residual_would_be(
 ) -> None:
     """Under autocast a convolution's output is bfloat16, and only γ promotes the sum."""
     block, x_BCHW = small_block(ls_init_value=gamma), maps(3, 20, 7, 5).bfloat16()
-    double = copy.deepcopy(block).double()
-    exact = with_gradients(double, double, x_BCHW.double())
-
-    def computed() -> list[torch.Tensor]:
-        block.zero_grad()
-        return with_gradients(autocast(block), block, x_BCHW)
-
-    ours, theirs = in_both_ways(computed, monkeypatch)
+    ours, theirs, exact = gradients(block, x_BCHW, monkeypatch)
     assert [t.dtype for t in ours] == [t.dtype for t in theirs]
     assert error(ours, exact) < min(2e-2, 1.1 * error(theirs, exact))
     assert ran == (MIXED + BACK if gamma else [])
