@@ -129,7 +129,7 @@ def depthwise_weight_grad(
         return _library_weight_grad(x_BCHW, grad_BCHW, kernel_size)
     x_BHWC, grad_BHWC = rows(x_BCHW), rows(grad_BCHW)
     b, h, w, c = x_BHWC.shape
-    threads, vectors = torch.get_num_threads(), -(-c // native.lanes())
+    threads, vectors = torch.get_num_threads(), -(-c // library.lanes())
     shares = 1 if vectors % threads == 0 or vectors > 4 * threads else min(threads, b)  # few vectors share unevenly
     weight_SC1KK = torch.empty(shares, c, 1, kernel_size, kernel_size)
     bias_SC = torch.empty(shares, c)

@@ -115,7 +115,7 @@ def _scale(scale_C: torch.Tensor | None, x_BCHW: torch.Tensor) -> torch.Tensor:
 
 def _workers(weights: Sequence[torch.Tensor], threads: int) -> int:
     """How many threads a backward kernel may give gradients of their own."""
-    each = sum(4 * w.shape[0] * (w.shape[1] + native.lanes()) for w in weights)
+    each = sum(4 * w.shape[0] * (w.shape[1] + native.lanes("pixelwise")) for w in weights)
     return max(1, min(threads, MOST_BYTES // each))
 
 
@@ -213,7 +213,7 @@ def _hidden(x_BCHW: torch.Tensor, w1_NC: torch.Tensor, keep: bool) -> torch.Tens
     """Room for the hidden activations, of the weights' type and in the kernel's own order, which depends on the number
     of threads: that is the last element."""
     b, _, h, w = x_BCHW.shape
-    lanes = native.lanes()
+    lanes = native.lanes("pixelwise")
     elements = (b * h * w + lanes - 1) // lanes * lanes * len(w1_NC)
     floats = elements * w1_NC.element_size() // 4 + 1 if keep else 0
     return x_BCHW.new_empty(floats, dtype=torch.float32)

@@ -265,7 +265,7 @@ def test_with_avx2_alone(order: int, side: int, monkeypatch: pytest.MonkeyPatch,
     for cached in (native.library, native._builds):
         cached.cache_clear()
     try:
-        assert native.lanes() == 8
+        assert native.lanes("pixelwise") == 8
         block = small_block(48, order, mixer=partial(GnConv, order=order, filter=GlobalLocalFilter))
         exact, x_BCHW = copy.deepcopy(block).double(), maps(3, 48, side, side)
         results = [with_gradients(m, m, x) for m, x in ((block, x_BCHW), (exact, x_BCHW.double()))]

@@ -47,9 +47,9 @@ def offers(name: str, symbol: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def lanes() -> int:
-    """Pixels or channels of one vector."""
-    return library("pixelwise").lanes() if offers("pixelwise", "lanes") else 16
+def lanes(name: str) -> int:
+    """Pixels or channels of one vector of the library ``name``, which must have been built."""
+    return library(name).lanes()
 
 
 @functools.cache

@@ -6,60 +6,14 @@
 // its K sums there while four output columns at a time slide over K + 3 inputs: so multiply-adds and not loads are the
 // limit.
 // Plain C++ with the vector extension that gcc and clang share: no torch headers, so it compiles in about a second.
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int64_t kLanes = 16;
-#else
-constexpr int64_t kLanes = 8;
-#endif
 constexpr int64_t kColumns = 4, kBand = 16;
 constexpr int64_t kOutputs = 7;  // columns of the convolution at a time: the sides of ImageNet's maps are multiples
 constexpr int64_t kGroup = 4;    // vectors of channels packed together: a cache line at a time would miss the TLB
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
-
-typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));  // bfloat16: a float's upper half
-typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-
 inline int64_t padded(int64_t columns) { return (columns + kColumns - 1) / kColumns * kColumns; }
-inline Vec widened(Vec v) { return v; }
-inline Vec widened(Half v) { return (Vec)(__builtin_convertvector(v, Bits) << 16); }
-
-template <typename V, typename T>
-inline Vec load(const T* from, int64_t lanes) {
-    V v = {};
-    if (lanes == kLanes) {  // a constant size, which the compiler turns into one vector load
-        std::memcpy(&v, from, sizeof v);
-    } else {
-        std::memcpy(&v, from, lanes * sizeof(T));
-    }
-    return widened(v);
-}
-
-inline void store(Vec v, float* to, int64_t lanes) {
-    if (lanes == kLanes) {
-        std::memcpy(to, &v, sizeof v);
-    } else {
-        std::memcpy(to, &v, lanes * sizeof(float));
-    }
-}
-
-// A whole line of memory, past the caches: not read before it is overwritten.
-inline void store_past(Vec v, float* to) {
-#ifdef __AVX512F__
-    _mm512_stream_ps(to, (__m512)v);
-#else
-    store(v, to, kLanes);
-#endif
-}
-
 // One vector of channels of a band: x is packed, w (K, K); y is the band's first pixel.
 template <int K>
 void convolve(const Vec* x, const Vec* w, Vec bias, float* y, int64_t rows, int64_t W, int64_t C, int64_t lanes,
@@ -92,45 +46,41 @@ template <int K>
 void convolves(const float* x, const float* w, const float* bias, float* y, int64_t B, int64_t H, int64_t W, int64_t C,
                int64_t threads) {
     constexpr int64_t P = K / 2;
-    const int64_t groups = (C + kGroup * kLanes - 1) / (kGroup * kLanes), bands = (H + kBand - 1) / kBand;
-    // As in tiles.h, `past_caches`.
-    const bool lines = C % kLanes == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
-    const bool past = lines && B * H * W * C * sizeof(float) > 1 << 20;
+    const int64_t groups = (vectors(C) + kGroup - 1) / kGroup, bands = (H + kBand - 1) / kBand;
+    const bool past = past_caches(y, B * H * W, C);
     const int64_t width = (W + kOutputs - 1) / kOutputs * kOutputs + K - 1, height = (H < kBand ? H : kBand) + K - 1;
 #pragma omp parallel num_threads(threads)
     {
-        const size_t size = kGroup * height * width * sizeof(Vec);
-        Vec* packed = static_cast<Vec*>(std::aligned_alloc(sizeof(Vec), size));
-        std::memset(packed, 0, size);
+        const int64_t size = kGroup * height * width;
+        Vec* packed = allocated(size);
+        std::memset(packed, 0, size * sizeof(Vec));
 #pragma omp for collapse(3) schedule(static)
         for (int64_t b = 0; b < B; ++b)
             for (int64_t band = 0; band < bands; ++band)
                 for (int64_t group = 0; group < groups; ++group) {
                     const int64_t top = band * kBand, rows = H - top < kBand ? H - top : kBand;
-                    const int64_t first = group * kGroup * kLanes, count = (C - first + kLanes - 1) / kLanes;
+                    const int64_t first = group * kGroup * kLanes, count = vectors(C - first);
                     const int64_t members = count < kGroup ? count : kGroup;
                     for (int64_t r = 0; r < rows + K - 1; ++r) {
                         const int64_t h = top + r - P;
                         for (int64_t column = 0; column < W; ++column)
                             for (int64_t m = 0; m < members; ++m) {
-                                const int64_t c = first + m * kLanes, lanes = C - c < kLanes ? C - c : kLanes;
+                                const int64_t c = first + m * kLanes;
                                 Vec& to = packed[(m * height + r) * width + column + P];
                                 __builtin_prefetch(x + ((b * H + h) * W + column + 8) * C + c);
-                                to = h < 0 || h >= H ? Vec{} : load<Vec>(x + ((b * H + h) * W + column) * C + c, lanes);
+                                to = h < 0 || h >= H ? Vec{} : load(x + ((b * H + h) * W + column) * C + c, C - c);
                             }
                     }
                     for (int64_t m = 0; m < members; ++m) {
-                        const int64_t c = first + m * kLanes, lanes = C - c < kLanes ? C - c : kLanes;
+                        const int64_t c = first + m * kLanes;
                         Vec weights[K * K];
-                        for (int64_t k = 0; k < K * K; ++k) weights[k] = load<Vec>(w + k * C + c, lanes);
-                        const Vec start = bias ? load<Vec>(bias + c, lanes) : Vec{};
+                        for (int64_t k = 0; k < K * K; ++k) weights[k] = load(w + k * C + c, C - c);
+                        const Vec start = bias ? load(bias + c, C - c) : Vec{};
                         float* to = y + ((b * H + top) * W) * C + c;
-                        convolve<K>(packed + m * height * width, weights, start, to, rows, W, C, lanes, width, past);
+                        convolve<K>(packed + m * height * width, weights, start, to, rows, W, C, C - c, width, past);
                     }
                 }
-#ifdef __AVX512F__
-        _mm_sfence();
-#endif
+        settle();
         std::free(packed);
     }
 }
@@ -154,7 +104,7 @@ void add_row(const Vec* x, const Vec* dy, Vec* sums, int64_t columns) {
 }
 
 // Of channels [c, c + lanes) over images [0, B): the bands are this thread's.
-template <int K, typename V, typename T>
+template <int K, typename T>
 void weight_grad(const T* x, const T* dy, float* dw, float* db, int64_t B, int64_t H, int64_t W, int64_t C, int64_t c,
                  Vec* x_band, Vec* dy_band) {
     constexpr int64_t P = K / 2;
@@ -168,10 +118,10 @@ void weight_grad(const T* x, const T* dy, float* dw, float* db, int64_t B, int64
             const int64_t last = top + rows + P > H ? H : top + rows + P;
             for (int64_t h = first; h < last; ++h)
                 for (int64_t w = 0; w < W; ++w)
-                    x_band[(h - first) * width + w + P] = load<V>(x + ((b * H + h) * W + w) * C + c, lanes);
+                    x_band[(h - first) * width + w + P] = load(x + ((b * H + h) * W + w) * C + c, lanes);
             for (int64_t h = 0; h < rows; ++h)
                 for (int64_t w = 0; w < W; ++w) {
-                    const Vec d = load<V>(dy + ((b * H + top + h) * W + w) * C + c, lanes);
+                    const Vec d = load(dy + ((b * H + top + h) * W + w) * C + c, lanes);
                     dy_band[h * columns + w] = d;
                     bias += d;
                 }
@@ -191,54 +141,54 @@ void weight_grad(const T* x, const T* dy, float* dw, float* db, int64_t B, int64
 
 // Each thread takes vectors of channels of shares of the batch. The threads are those of the OpenMP library that torch
 // has loaded: others would compete with its own, which spin between its loops.
-template <int K, typename V, typename T>
+template <int K, typename T>
 void weight_grads(const T* x, const T* dy, float* dw, float* db, int64_t B, int64_t H, int64_t W, int64_t C, int64_t S,
                   int64_t threads) {
-    const int64_t vectors = (C + kLanes - 1) / kLanes, columns = padded(W);
-    const size_t x_size = (kBand + K - 1) * (columns + K - 1) * sizeof(Vec), dy_size = kBand * columns * sizeof(Vec);
+    const int64_t columns = padded(W), x_size = (kBand + K - 1) * (columns + K - 1), dy_size = kBand * columns;
 #pragma omp parallel num_threads(threads)
     {
-        Vec* x_band = static_cast<Vec*>(std::aligned_alloc(sizeof(Vec), x_size));
-        Vec* dy_band = static_cast<Vec*>(std::aligned_alloc(sizeof(Vec), dy_size));
-        std::memset(x_band, 0, x_size);
-        std::memset(dy_band, 0, dy_size);
+        Vec *x_band = allocated(x_size), *dy_band = allocated(dy_size);
+        std::memset(x_band, 0, x_size * sizeof(Vec));
+        std::memset(dy_band, 0, dy_size * sizeof(Vec));
 #pragma omp for collapse(2) schedule(dynamic, 1)
         for (int64_t s = 0; s < S; ++s)
-            for (int64_t v = 0; v < vectors; ++v) {
+            for (int64_t v = 0; v < vectors(C); ++v) {
                 const int64_t start = B * s / S, image = H * W * C, weights = C * K * K;
-                weight_grad<K, V>(x + start * image, dy + start * image, dw + s * weights, db + s * C,
-                                  B * (s + 1) / S - start, H, W, C, v * kLanes, x_band, dy_band);
+                weight_grad<K>(x + start * image, dy + start * image, dw + s * weights, db + s * C,
+                               B * (s + 1) / S - start, H, W, C, v * kLanes, x_band, dy_band);
             }
         std::free(x_band);
         std::free(dy_band);
     }
 }
 
-template <typename V, typename T>
+template <typename T>
 int dispatch(const T* x, const T* dy, float* dw, float* db, int64_t B, int64_t H, int64_t W, int64_t C, int64_t K,
              int64_t S, int64_t threads) {
     switch (K) {
-        case 3: weight_grads<3, V>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
-        case 5: weight_grads<5, V>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
-        case 7: weight_grads<7, V>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
-        case 9: weight_grads<9, V>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
-        case 11: weight_grads<11, V>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
+        case 3: weight_grads<3>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
+        case 5: weight_grads<5>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
+        case 7: weight_grads<7>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
+        case 9: weight_grads<9>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
+        case 11: weight_grads<11>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
     }
     return 1;
 }
 
 }  // namespace
 
+extern "C" int64_t lanes() { return kLanes; }
+
 // x, dy: (B, H, W, C) contiguous; dw: (S, C, K, K); db: (S, C), one sum for each of the S shares of the batch.
 // Gives 0, or 1 for a K that is not built in.
 extern "C" int depthwise_weight_grad_f32(const float* x, const float* dy, float* dw, float* db, int64_t B, int64_t H,
                                          int64_t W, int64_t C, int64_t K, int64_t S, int64_t threads) {
-    return dispatch<Vec>(x, dy, dw, db, B, H, W, C, K, S, threads);
+    return dispatch(x, dy, dw, db, B, H, W, C, K, S, threads);
 }
 
 extern "C" int depthwise_weight_grad_bf16(const uint16_t* x, const uint16_t* dy, float* dw, float* db, int64_t B,
                                           int64_t H, int64_t W, int64_t C, int64_t K, int64_t S, int64_t threads) {
-    return dispatch<Half>(x, dy, dw, db, B, H, W, C, K, S, threads);
+    return dispatch(x, dy, dw, db, B, H, W, C, K, S, threads);
 }
 
 // x, y: (B, H, W, C) contiguous; w: (K, K, C) and bias: (C) or null. Gives 0, or 1 for a K that is not built in.

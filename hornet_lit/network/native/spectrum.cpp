@@ -103,7 +103,7 @@ void filter(const Filter<X>& a, int64_t T) {
                     past ? store_past(sum, to) : store(sum, to, a.C - c);
                 });
             }
-        _mm_sfence();
+        settle();
         std::free(map);
     }
 }
@@ -139,7 +139,7 @@ void filter_backward(const Filter<X>& a, int64_t T) {
                     past ? store_past(sum, to) : store(sum, to, a.C - c);
                 });
             }
-        _mm_sfence();
+        settle();
         std::free(map);
     }
 }

@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int64_t kGroup = 5, kMaxOrder = 16;
+
 // Vectors from row to row of turned tiles: an odd number, or all rows would share a few sets of the first-level cache.
 inline int64_t pitch(int64_t C) { return vectors(C) | 1; }
 
@@ -236,7 +238,7 @@ void for_tiles_back(int64_t M, int64_t T, int64_t workers, int64_t scratch, cons
             }
         }
         if (first) std::memset(own, 0, sums.size * sizeof(float));
-        _mm_sfence();
+        settle();
         std::free(room);
     }
     finish(sums, all_sums, workers);

@@ -10,7 +10,7 @@
 // M pixels, C channels, K channels in, N channels out, T threads, V vectors of pixels, R rows of a product at a time.
 #pragma once
 
-#include "vectors.h"
+#include "registers.h"
 
 #ifdef TILES
 
@@ -54,29 +54,6 @@ template <class T>
 void prefetch_next(const T* x, const Tile& t, int64_t C, int64_t M) {
     const int64_t first = t.first + t.rows, last = first + kMaxV * kLanes < M ? first + kMaxV * kLanes : M;
     for (int64_t at = first * C; at < last * C; at += 64 / sizeof(T)) __builtin_prefetch(x + at, 0, 2);
-}
-
-// Whether the lines of a map of M pixels of C channels are written past the caches: one that they would not keep costs
-// less so, since no line is read before it is overwritten. Only whole lines, whole vectors.
-template <class T>
-bool past_caches(const T* x, int64_t M, int64_t C) {
-    const uint64_t row = C * sizeof(T), line = 64;
-    return sizeof(Vec) == line && M * row > kCached && row % line == 0 && reinterpret_cast<uintptr_t>(x) % line == 0;
-}
-
-inline void store_past(Vec v, float* to) {
-#ifdef __AVX512F__
-    _mm512_stream_ps(to, (__m512)v);
-#else
-    store(v, to, kLanes);
-#endif
-}
-inline void store_past(Vec v, uint16_t* to) {
-#ifdef __AVX512F__
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)narrowed(v));
-#else
-    store(v, to, kLanes);
-#endif
 }
 
 template <class T>
@@ -326,10 +303,6 @@ inline int64_t next_tile(int64_t from, int64_t end, int64_t M, Tile& tile) {
     return V;
 }
 
-inline Vec* allocated(int64_t vectors) {
-    return static_cast<Vec*>(std::aligned_alloc(sizeof(Vec), vectors * sizeof(Vec)));
-}
-
 // Shares M pixels among T threads, and each thread's among tiles: run(V, tile, scratch) with `scratch` vectors for each
 // of V, an integral_constant.
 template <class Run>
@@ -343,7 +316,7 @@ void for_tiles(int64_t M, int64_t T, int64_t scratch, Run run) {
             V = next_tile(from, end, M, tile);
             with_size(V, [&](auto size) { run(size, tile, room); });
         }
-        _mm_sfence();  // after what went past the caches
+        settle();
         std::free(room);
     }
 }

@@ -1,64 +1,36 @@
-// Vectors of floats, and of what becomes floats: what tiles are made of, with AVX-512 or AVX2.
+// Vectors of floats on any processor, and their ways from and to memory, as floats or bfloat16.
 #pragma once
 
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))  // else there are no kernels
-#define TILES
-
+#ifdef __AVX512F__
 #include <immintrin.h>
+#endif
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <type_traits>
-
-// A multiplication and an addition are one operation only where it says so below: left to the compiler, a pixel's last
-// bits depend on how many pixels lie beside it.
-#ifdef __clang__
-#pragma clang fp contract(off)
-#else
-#pragma GCC optimize("fp-contract=off")
-#endif
 
 namespace {
 
 #ifdef __AVX512F__
-constexpr int64_t kLanes = 16, kR = 8, kMaxV = 3;  // kR × kMaxV sums fill three quarters of the registers
+constexpr int64_t kLanes = 16;
 #else
-constexpr int64_t kLanes = 8, kR = 6, kMaxV = 2;
+constexpr int64_t kLanes = 8;
 #endif
-constexpr int64_t kGroup = 5, kMaxOrder = 16;
 constexpr uint64_t kCached = 1 << 20;  // bytes
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
-
 typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));  // bfloat16: a float's upper half
 typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
-inline Vec all(float value) { return value - Vec{}; }
-#ifdef __AVX512F__
-inline Vec multiplied_added(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-inline Vec square_root(Vec v) { return (Vec)_mm512_sqrt_ps((__m512)v); }
-#else
-inline Vec multiplied_added(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-inline Vec square_root(Vec v) { return (Vec)_mm256_sqrt_ps((__m256)v); }
-#endif
 inline int64_t vectors(int64_t n) { return (n + kLanes - 1) / kLanes; }
+
+inline Vec* allocated(int64_t vectors) {
+    return static_cast<Vec*>(std::aligned_alloc(sizeof(Vec), vectors * sizeof(Vec)));
+}
 
 // To the nearest bfloat16, ties to even, in the lower half of each lane; what is not a number stays so.
 inline Bits rounded(Vec v) {
     const Bits bits = (Bits)v;
     return (v == v ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000) >> 16;
-}
-
-// Both as bfloat16 in each lane, the first in its lower half.
-inline Vec paired(Vec first, Vec second) {
-#ifdef __AVX512BF16__
-    alignas(64) static constexpr uint16_t places[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-    return (Vec)_mm512_permutexvar_epi16(_mm512_load_si512(places), (__m512i)both);
-#else
-    return (Vec)(rounded(first) | rounded(second) << 16);
-#endif
 }
 
 inline Half narrowed(Vec v) {
@@ -99,61 +71,34 @@ inline void store(Vec v, uint16_t* to, int64_t lanes) {
     store_some(narrowed(v), to, lanes);
 }
 
-#ifdef __clang__
-#define MIX __builtin_shufflevector
-#else  // gcc knows that only from 12 on
-typedef int32_t Places __attribute__((vector_size(kLanes * sizeof(int32_t))));
-#define MIX(a, b, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
-#endif
+// Whether the lines of a map of M pixels of C channels are written past the caches: one that they would not keep costs
+// less so, since no line is read before it is overwritten. Only whole lines, whole vectors.
+template <class T>
+bool past_caches(const T* x, int64_t M, int64_t C) {
+    const uint64_t row = C * sizeof(T), line = 64;
+    return sizeof(Vec) == line && M * row > kCached && row % line == 0 && reinterpret_cast<uintptr_t>(x) % line == 0;
+}
+
+inline void store_past(Vec v, float* to) {
 #ifdef __AVX512F__
-inline void transpose(Vec (&r)[kLanes]) {
-    Vec t[kLanes];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = MIX(r[i], r[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-        t[i + 1] = MIX(r[i], r[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; ++j) {
-            r[i + 2 * j] = MIX(t[i + j], t[i + 2 + j], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-            r[i + 2 * j + 1] = MIX(t[i + j], t[i + 2 + j], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-        }
-    // Now r[4g + c] holds, four lanes at a time, rows 4g … 4g + 3 of columns c, 4 + c, 8 + c, 12 + c.
-    for (int c = 0; c < 4; ++c) {
-        Vec half[4];
-        for (int j = 0; j < 2; ++j) {
-            const Vec a = r[8 * j + c], b = r[8 * j + 4 + c];
-            half[2 * j] = MIX(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-            half[2 * j + 1] = MIX(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-        }
-        for (int j = 0; j < 2; ++j) {
-            t[8 * j + c] = MIX(half[j], half[2 + j], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-            t[8 * j + 4 + c] = MIX(half[j], half[2 + j], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-        }
-    }
-    for (int i = 0; i < 16; ++i) r[i] = t[i];
-}
+    _mm512_stream_ps(to, (__m512)v);
 #else
-inline void transpose(Vec (&r)[kLanes]) {
-    Vec t[kLanes];
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = MIX(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-        t[i + 1] = MIX(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; ++j) {
-            r[i + 2 * j] = MIX(t[i + j], t[i + 2 + j], 0, 1, 8, 9, 4, 5, 12, 13);
-            r[i + 2 * j + 1] = MIX(t[i + j], t[i + 2 + j], 2, 3, 10, 11, 6, 7, 14, 15);
-        }
-    // Now r[4g + c] holds, four lanes at a time, rows 4g … 4g + 3 of columns c and 4 + c.
-    for (int c = 0; c < 4; ++c) {
-        t[c] = MIX(r[c], r[4 + c], 0, 1, 2, 3, 8, 9, 10, 11);
-        t[4 + c] = MIX(r[c], r[4 + c], 4, 5, 6, 7, 12, 13, 14, 15);
-    }
-    for (int i = 0; i < 8; ++i) r[i] = t[i];
-}
+    store(v, to, kLanes);
 #endif
-#undef MIX
+}
+inline void store_past(Vec v, uint16_t* to) {
+#ifdef __AVX512F__
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)narrowed(v));
+#else
+    store(v, to, kLanes);
+#endif
+}
+
+// After the last `store_past` of a thread, before others read.
+inline void settle() {
+#ifdef __AVX512F__
+    _mm_sfence();
+#endif
+}
 
 }  // namespace
-
-#endif
