@@ -15,6 +15,8 @@ from timm.layers import LayerNorm2d, trunc_normal_
 from torch import nn
 
 from hornet_lit.network.depthwise import depthwise_conv2d
+from hornet_lit.network.fused import usable_norm
+from hornet_lit.network.layers import changed
 from hornet_lit.network.spectrum import Size, filter_spectrum
 
 
@@ -77,12 +79,22 @@ class GlobalLocalFilter(nn.Module):
         trunc_normal_(self.complex_weight, std=0.02)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        local_BCHW, global_BCHW = self.pre_norm(x_BCHW).chunk(2, dim=1)
-        local_BCHW = depthwise_conv2d(local_BCHW, self.dw.weight, None)
-        global_BCHW = filter_spectrum(global_BCHW, self.complex_weight).to(local_BCHW.dtype)
-        halves_BHWC = local_BCHW.permute(0, 2, 3, 1), global_BCHW.permute(0, 2, 3, 1)
-        x_BHWC = torch.stack(halves_BHWC, dim=-1).flatten(3)
+        halves = self.filtered(*self.pre_norm(x_BCHW).chunk(2, dim=1))
+        x_BHWC = torch.stack([half_BCHW.permute(0, 2, 3, 1) for half_BCHW in halves], dim=-1).flatten(3)
         # LayerNorm written out to scale its two vectors and not its output.
         norm = self.post_norm
         weight, bias = norm.weight * self.scale, norm.bias * self.scale
         return F.layer_norm(x_BHWC, weight.shape, weight, bias, norm.eps).permute(0, 3, 1, 2)
+
+    def filtered(self, local_BCHW: torch.Tensor, global_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both halves between the two norms."""
+        local_BCHW = depthwise_conv2d(local_BCHW, self.dw.weight, None)
+        return local_BCHW, filter_spectrum(global_BCHW, self.complex_weight).to(local_BCHW.dtype)
+
+    def norms(self, channels: int, dtype: torch.dtype) -> tuple[LayerNorm2d, LayerNorm2d, float] | None:
+        """Both norms, and the factor upon the second, for a caller who fuses them with its own operations and calls
+        `filtered` between them; None if that would not be `forward`."""
+        if type(self).forward is not GlobalLocalFilter.forward or changed(self):
+            return None
+        norms = self.pre_norm, self.post_norm
+        return (*norms, self.scale) if all(usable_norm(norm, channels, dtype) for norm in norms) else None

@@ -12,9 +12,10 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from hornet_lit.network.filters import Size
+from hornet_lit.network.fused import promoted, usable
 from hornet_lit.network.layers import Recomputing, changed
 from hornet_lit.network.native.arguments import MAX_ORDER
-from hornet_lit.network.pixelwise import gated, norm_linear, promoted, usable
+from hornet_lit.network.pixelwise import gated, norm_linear
 
 FilterFactory = Callable[..., nn.Module]
 
@@ -66,12 +67,18 @@ class GnConv(Recomputing):
     def normed(
         self, x_BCHW: torch.Tensor, norm: LayerNorm2d, scale_C: torch.Tensor | None, *, residual: bool
     ) -> torch.Tensor | None:
-        """``scale ⊙ gnConv(norm(x))``, plus x if ``residual``, in two fused operations and the filter; None where
-        those cannot serve."""
+        """``scale ⊙ gnConv(norm(x))``, plus x if ``residual``, in two fused operations and the filter, whose own norms
+        they take over if it can do without; None where those cannot serve."""
         x_BCHW, linears = promoted(x_BCHW, scale_C), [*self.pws, self.proj_out]
         if type(self).forward is not GnConv.forward or changed(self) or len(linears) > MAX_ORDER:
             return None
         if not usable(x_BCHW, norm, self.proj_in, *linears):
             return None
-        p_BCHW, q_BQHW = norm_linear(x_BCHW, norm, self.proj_in, self.widths[0])
-        return gated(x_BCHW, p_BCHW, self.dwconv(q_BQHW), linears, scale_C, residual=residual)
+        norms = self.dwconv.norms(sum(self.widths), x_BCHW.dtype) if hasattr(self.dwconv, "norms") else None
+        if norms is None:
+            p_BCHW, q_BQHW = norm_linear(x_BCHW, norm, self.proj_in, self.widths[0])
+            return gated(x_BCHW, p_BCHW, [self.dwconv(q_BQHW)], linears, scale_C, residual=residual)
+        before, after, factor = norms
+        p_BCHW, *halves = norm_linear(x_BCHW, norm, self.proj_in, self.widths[0], then=before)
+        gates = self.dwconv.filtered(*halves)
+        return gated(x_BCHW, p_BCHW, gates, linears, scale_C, residual=residual, norm=after, factor=factor)

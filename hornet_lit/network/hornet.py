@@ -15,8 +15,9 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from hornet_lit.network.filters import Size
+from hornet_lit.network.fused import usable
 from hornet_lit.network.layers import GELU, ChannelLinear, Recomputing
-from hornet_lit.network.pixelwise import norm_mlp, usable
+from hornet_lit.network.pixelwise import norm_mlp
 
 MixerFactory = Callable[..., nn.Module]
 POOLS = ("avg", "max", "avgmax", "")
@@ -235,7 +236,7 @@ class HorNet(nn.Module):
         """Compute what is cheap (gates, GELU, a norm) again in the backward pass: half of the memory (BENCHMARKS.md).
 
         Without it steps are faster where memory is no concern. No effect under torch.compile, which decides by itself,
-        and where the fused CPU operations run, which keep as little in any case (see `pixelwise`).
+        and where the fused CPU operations run, which keep as little in any case (see `fused`).
         """
         self.recompute = enable
         for i, stage in enumerate(self.stages):

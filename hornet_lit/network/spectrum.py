@@ -11,7 +11,6 @@ and imaginary parts as rows of their own; P points in either direction.
 
 from __future__ import annotations
 
-import ctypes
 import math
 
 import torch
@@ -20,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from hornet_lit.network import native
 from hornet_lit.network.layers import exporting, observed
-from hornet_lit.network.native.arguments import Filter, Int, Pointer, map_like, pointer
+from hornet_lit.network.native.arguments import Filter, Pointer, map_like, pointer
 
 Size = tuple[int, int]
 Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -110,7 +109,7 @@ def _run(name: str, x_BHWC: torch.Tensor, **tensors: torch.Tensor) -> None:
     if "dy" in tensors:
         arguments.dy_pitch = tensors["dy"].stride(2)
     name += "_f32" if x_BHWC.dtype == torch.float32 else "_bf16"
-    getattr(native.library("spectrum"), name)(ctypes.byref(arguments), Int(torch.get_num_threads()))
+    native.run("spectrum", name, arguments, torch.get_num_threads())
 
 
 @torch.library.custom_op("hornet_lit::global_filter", mutates_args=())

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import nn
 
-from hornet_lit.network import DepthwiseConv, GnConv, HorNet, pixelwise
+from hornet_lit.network import DepthwiseConv, GlobalLocalFilter, GnConv, HorNet, fused, native
 from hornet_lit.network.hornet import Block
 
-needs_kernels = pytest.mark.skipif(not pixelwise._built(False), reason="no compiler, or neither AVX2 nor AVX-512")
+needs_kernels = pytest.mark.skipif(not fused._built(False), reason="no compiler, or neither AVX2 nor AVX-512")
 FORWARD = ["linear_forward_f32", "gates_forward_f32", "mlp_forward_f32"]
 M = TypeVar("M", bound=nn.Module)
 
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that were called."""
-    names, run = [], pixelwise._run
-    monkeypatch.setattr(pixelwise, "_run", lambda name, *arguments: names.append(name) or run(name, *arguments))
+    """The kernels of what stays within a pixel that were called."""
+    names, run = [], native.run
+
+    def noted(library: str, name: str, *arguments: Any) -> None:
+        if library == "pixelwise":
+            names.append(name)
+        run(library, name, *arguments)
+
+    monkeypatch.setattr(native, "run", noted)
     return names
 
 
@@ -45,7 +51,11 @@ def shaken(module: M) -> M:
 def small_block(dim: int = 20, order: int = 3, **options) -> Block:
     torch.manual_seed(0)
     mixer = partial(GnConv, order=order, filter=partial(DepthwiseConv, kernel_size=3))
-    return shaken(Block(dim, size=(7, 5), **{"mixer": mixer, "ls_init_value": 0.5} | options))
+    return shaken(Block(dim, **{"size": (7, 5), "mixer": mixer, "ls_init_value": 0.5} | options))
+
+
+def global_mixer(order: int) -> Callable[..., GnConv]:
+    return partial(GnConv, order=order, filter=partial(GlobalLocalFilter, scale=0.7))
 
 
 def small_network(**options) -> HorNet:
@@ -59,6 +69,34 @@ def maps(*shape: int, seed: int = 2) -> torch.Tensor:
     """A channels-last map of random numbers, always the same."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return values.contiguous(memory_format=torch.channels_last)
+
+
+def doubled(path: str, how: str) -> Callable[[Block], None]:
+    """Doubles what a module of the block takes or gives, by a hook or a ``forward`` of its own."""
+
+    def change(block: Block) -> None:
+        module = block.get_submodule(path)
+        if how == "hook":
+            module.register_forward_hook(lambda module, inputs, output: 2 * output)
+        elif how == "pre-hook":
+            module.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+        else:
+            module.forward = lambda x, **options: 2 * type(module).forward(module, x, **options)
+
+    return change
+
+
+def replaced(path: str, make: Callable) -> Callable[[Block], None]:
+    """Puts ``make(what was there)`` into the block."""
+
+    def change(block: Block) -> None:
+        parent, _, name = path.rpartition(".")
+        module = block.get_submodule(parent)
+        torch.manual_seed(0)
+        new = make(getattr(module, name))
+        setattr(module, name, shaken(new) if isinstance(new, nn.Module) else new)
+
+    return change
 
 
 def assert_near(ours: torch.Tensor | None, exact: torch.Tensor | None, tolerance: float = 1e-5) -> None:

@@ -9,24 +9,25 @@ import pytest
 import torch
 from torch import nn
 
-from hornet_lit.network import pixelwise
-from tests.network.conftest import FORWARD, assert_near, maps, small_block, with_gradients
+from hornet_lit.network import fused
+from tests.network.conftest import FORWARD, assert_near, global_mixer, maps, small_block, with_gradients
 
 pytestmark = [
-    pytest.mark.skipif(not pixelwise._built(True), reason="no compiler, or no products of bfloat16 pairs"),
+    pytest.mark.skipif(not fused._built(True), reason="no compiler, or no products of bfloat16 pairs"),
     pytest.mark.usefixtures("threads_as_found"),
 ]
 MIXED = [name.replace("f32", "mixed") for name in FORWARD]
 BACK = [name.replace("forward", "backward") for name in reversed(MIXED)]
 # Channels, order, hidden over outer width: even; odd to the first gate; an odd map; odd hidden channels.
 SIZES = [(20, 1, 4.0), (48, 4, 4.0), (6, 2, 4.0), (7, 1, 4.0), (6, 2, 3.2)]
+GLOBAL = {"dim": 24, "order": 3, "mixer": global_mixer(3), "size": (11, 7)}
 
 
 def in_both_ways(computed: Callable[[], list[torch.Tensor]], patch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
     """``computed()`` by the kernels, and by the library."""
     ours = computed()
     with patch.context() as context:
-        context.setattr(pixelwise, "_built", lambda pairs: False)
+        context.setattr(fused, "_built", lambda pairs: False)
         return [ours, computed()]
 
 
@@ -94,6 +95,20 @@ def test_there_is_no_way_back_in_bfloat16_alone(ran: list[str]) -> None:
     assert not ran
 
 
+@pytest.mark.parametrize("mode", ["bf16", "mixed"])
+def test_a_global_filter(mode: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x_BCHW = small_block(**GLOBAL), maps(5, 24, 11, 7)
+    if mode == "mixed":
+        ours, theirs, exact = gradients(block, x_BCHW, monkeypatch)
+    else:
+        exact = [copy.deepcopy(block).double()(x_BCHW.double())]
+        with torch.no_grad():
+            low = copy.deepcopy(block).bfloat16()
+            ours, theirs = in_both_ways(lambda: [low(x_BCHW.bfloat16())], monkeypatch)
+    assert error(ours, exact) < min(2e-2, 1.1 * error(theirs, exact))
+    assert ran == (MIXED + BACK if mode == "mixed" else [name.replace("mixed", mode) for name in MIXED])
+
+
 @pytest.mark.parametrize("gamma", [0.5, None])
 def test_a_stages_first_map_is_promoted_as_the_residual_would_be(
     gamma: float | None, ran: list[str], monkeypatch: pytest.MonkeyPatch
@@ -142,12 +157,13 @@ def test_compiled_in_one_graph(ran: list[str]) -> None:
     assert ran == 2 * (MIXED + BACK)
 
 
-def test_what_was_kept_may_come_back_elsewhere_in_memory() -> None:
+@pytest.mark.parametrize("options", [{}, GLOBAL])
+def test_what_was_kept_may_come_back_elsewhere_in_memory(options: dict) -> None:
     grads = []
     for unpack in (lambda t: torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t), lambda t: t):
-        block = small_block()
+        block = small_block(**options)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
-            y_BCHW = autocast(block)(maps(3, 20, 11, 7))
+            y_BCHW = autocast(block)(maps(3, options.get("dim", 20), 11, 7))
         y_BCHW.square().sum().backward()
         grads.append([p.grad for p in block.parameters()])
     for a, b in zip(*grads, strict=True):

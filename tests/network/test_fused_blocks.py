@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -13,15 +12,16 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from hornet_lit.network import GlobalLocalFilter, GnConv, native, pixelwise
-from hornet_lit.network.hornet import Block
+from hornet_lit.network import GnConv, fused, native
 from hornet_lit.network.layers import GELU, ChannelLinear
 from tests.network.conftest import (
     FORWARD,
     assert_near,
+    doubled,
+    global_mixer,
     maps,
     needs_kernels,
-    shaken,
+    replaced,
     small_block,
     small_network,
     with_gradients,
@@ -32,34 +32,6 @@ from tests.network.conftest import (
 def test_all_of_a_block_within_a_pixel_is_fused(ran: list[str]) -> None:
     small_block()(maps(2, 20, 7, 5)).sum().backward()
     assert ran == [*FORWARD, "mlp_backward_f32", "gates_backward_f32", "linear_backward_f32"]
-
-
-def doubled(path: str, how: str) -> Callable[[Block], None]:
-    """Doubles what a module of the block takes or gives, by a hook or a ``forward`` of its own."""
-
-    def change(block: Block) -> None:
-        module = block.get_submodule(path)
-        if how == "hook":
-            module.register_forward_hook(lambda module, inputs, output: 2 * output)
-        elif how == "pre-hook":
-            module.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
-        else:
-            module.forward = lambda x, **options: 2 * type(module).forward(module, x, **options)
-
-    return change
-
-
-def replaced(path: str, make: Callable) -> Callable[[Block], None]:
-    """Puts ``make(what was there)`` into the block."""
-
-    def change(block: Block) -> None:
-        parent, _, name = path.rpartition(".")
-        module = block.get_submodule(parent)
-        torch.manual_seed(0)
-        new = make(getattr(module, name))
-        setattr(module, name, shaken(new) if isinstance(new, nn.Module) else new)
-
-    return change
 
 
 def without(_: nn.Parameter) -> None:
@@ -246,13 +218,13 @@ def test_functional_calls_vmap_and_forward_derivatives() -> None:
 
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
-    fused = small_block()(maps(2, 20, 7, 5))
+    by_kernels = small_block()(maps(2, 20, 7, 5))
     ran.clear()
     monkeypatch.setenv("HORNET_LIT_NATIVE", "0")
     native.library.cache_clear()
     try:
-        assert_near(small_block()(maps(2, 20, 7, 5)), fused)
-        assert not pixelwise._built(False) and not ran
+        assert_near(small_block()(maps(2, 20, 7, 5)), by_kernels)
+        assert not fused._built(False) and not ran
     finally:
         native.library.cache_clear()
 
@@ -266,7 +238,7 @@ def test_with_avx2_alone(order: int, side: int, monkeypatch: pytest.MonkeyPatch,
         cached.cache_clear()
     try:
         assert native.lanes("pixelwise") == 8
-        block = small_block(48, order, mixer=partial(GnConv, order=order, filter=GlobalLocalFilter))
+        block = small_block(48, order, mixer=global_mixer(order))
         exact, x_BCHW = copy.deepcopy(block).double(), maps(3, 48, side, side)
         results = [with_gradients(m, m, x) for m, x in ((block, x_BCHW), (exact, x_BCHW.double()))]
         for a, b in zip(*results, strict=True):

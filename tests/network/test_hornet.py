@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hornet_lit.bench import held_bytes
-from hornet_lit.network import DepthwiseConv, GnConv, HorNet, pixelwise
+from hornet_lit.network import DepthwiseConv, GnConv, HorNet, fused
 from tests.conftest import images
 
 SMALL = ["hornet_femto_32", "hornet_pico_32", "hornet_nano_32", "hornet_nano_gf_32"]
@@ -108,10 +108,10 @@ def test_layout_changes_nothing_and_stays_channels_last_inside(name: str, layout
 
 
 @pytest.mark.parametrize("name", ["hornet_pico_32", "hornet_nano_gf_32"])
-@pytest.mark.parametrize("fused", [False, True])
-def test_keeping_less_gives_the_same_gradients(name: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not fused:
-        monkeypatch.setattr(pixelwise, "_built", lambda pairs: False)
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_keeping_less_gives_the_same_gradients(name: str, by_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not by_kernels:
+        monkeypatch.setattr(fused, "_built", lambda pairs: False)
     network, x_BCHW = small(name, drop_path_rate=0.5).train(), images(0, 2, 3, 32, 32)
     kept, grads = [], []
     for recompute, checkpointed in ((False, False), (True, False), (True, [0, 1]), (True, True)):
@@ -126,7 +126,7 @@ def test_keeping_less_gives_the_same_gradients(name: str, fused: bool, monkeypat
     for others in grads[1:]:
         for a, b in zip(grads[0], others, strict=True):
             torch.testing.assert_close(a, b)
-    assert kept[1] <= (1 if pixelwise._built(False) else 0.75) * kept[0] and kept[1] > kept[2] > kept[3], kept
+    assert kept[1] <= (1 if fused._built(False) else 0.75) * kept[0] and kept[1] > kept[2] > kept[3], kept
 
 
 def test_what_a_hook_keeps_is_not_overwritten() -> None:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hornet_lit.network.layers import ChannelLinear
 from hornet_lit.network.pixelwise import gated, norm_linear, norm_mlp
-from tests.network.conftest import assert_near, maps, needs_kernels, shaken, small_block, with_gradients
+from tests.network.conftest import assert_near, global_mixer, maps, needs_kernels, shaken, small_block, with_gradients
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("threads_as_found")]
 LAYOUTS = {
@@ -70,6 +70,28 @@ def test_norm_linear(channels: int, first: int, size: tuple[int, ...], layout: s
 
 @of_all_sizes
 @in_all_layouts
+@pytest.mark.parametrize("channels,first", [(6, 2), (48, 6)])
+def test_norm_linear_and_a_second_norm(channels: int, first: int, size: tuple[int, ...], layout: str) -> None:
+    def plain(m: nn.ModuleList) -> Callable:
+        def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            p, rest = m[1](m[0](x)).split([first, 2 * channels - first], dim=1)
+            return p, *m[2](rest).chunk(2, dim=1)
+
+        return function
+
+    torch.manual_seed(0)
+    modules = LayerNorm2d(channels), nn.Conv2d(channels, 2 * channels, 1), LayerNorm2d(2 * channels - first)
+    assert_same(
+        lambda m: lambda x: norm_linear(x, m[0], m[1], first, then=m[2]),
+        plain,
+        shaken(nn.ModuleList(modules)),
+        [maps(size[0], channels, *size[1:])],
+        layout,
+    )
+
+
+@of_all_sizes
+@in_all_layouts
 @pytest.mark.parametrize("channels,hidden,residual,scaled", [(6, 19, True, True), (20, 80, False, False)])
 def test_norm_mlp(channels: int, hidden: int, residual: bool, scaled: bool, size: tuple[int, ...], layout: str) -> None:
     torch.manual_seed(0)
@@ -107,12 +129,42 @@ def test_gated(order: int, channels: int, residual: bool, scaled: bool, size: tu
     p_like = maps(size[0], channels, *size[1:])  # stands for x where there is no residual
     inputs = [maps(size[0], c, *size[1:], seed=c) for c in (widths[0], sum(widths), channels)[: 2 + residual]]
     assert_same(
-        lambda m: lambda p, gates, x=p_like: gated(x, p, gates, list(m), m.scale, residual=residual),
+        lambda m: lambda p, gates, x=p_like: gated(x, p, [gates], list(m), m.scale, residual=residual),
         plain,
         shaken(Scaled(linears, channels if scaled else None)),
         inputs,
         layout,
     )
+
+
+@of_all_sizes
+@in_all_layouts
+@pytest.mark.parametrize("channels,residual", [(8, True), (48, False)])
+def test_gated_after_a_norm(channels: int, residual: bool, size: tuple[int, ...], layout: str) -> None:
+    """Of two maps whose channels alternate."""
+    widths, filtered = [channels // 2, channels], 3 * channels // 2
+
+    def plain(m: Scaled) -> Callable:
+        def function(p: torch.Tensor, even: torch.Tensor, odd: torch.Tensor, *x: torch.Tensor) -> torch.Tensor:
+            gates = 0.7 * m[2](torch.stack([even, odd], dim=2).flatten(1, 2))
+            first, second = gates.split(widths, dim=1)
+            return m.times(m[1](m[0](p * first) * second)) + (x[0] if residual else 0)
+
+        return function
+
+    def fused(m: Scaled) -> Callable:
+        def function(p: torch.Tensor, even: torch.Tensor, odd: torch.Tensor, x: torch.Tensor = p_like) -> torch.Tensor:
+            options = {"residual": residual, "norm": m[2], "factor": 0.7}
+            return gated(x, p, [even, odd], [m[0], m[1]], m.scale, **options)
+
+        return function
+
+    torch.manual_seed(0)
+    p_like = maps(size[0], channels, *size[1:])  # stands for x where there is no residual
+    layers = nn.Conv2d(widths[0], channels, 1), nn.Conv2d(channels, channels, 1), LayerNorm2d(filtered)
+    all_widths = (widths[0], filtered // 2, filtered // 2, channels)[: 3 + residual]
+    inputs = [maps(size[0], width, *size[1:], seed=seed) for seed, width in enumerate(all_widths)]
+    assert_same(fused, plain, shaken(Scaled(layers, channels)), inputs, layout)
 
 
 def test_gelu_and_its_slope_are_exact_however_large_the_activation() -> None:
@@ -155,7 +207,7 @@ def test_a_pixels_values_depend_on_no_other_and_not_on_threads() -> None:
         norm, mixer = block.norm1, block.gnconv
         leaf = x_BCHW.detach().requires_grad_()
         p_BPHW, q_BQHW = norm_linear(leaf, norm, mixer.proj_in, mixer.widths[0])
-        y_BCHW = gated(leaf, p_BPHW, q_BQHW, [*mixer.pws, mixer.proj_out], block.gamma1, residual=True)
+        y_BCHW = gated(leaf, p_BPHW, [q_BQHW], [*mixer.pws, mixer.proj_out], block.gamma1, residual=True)
         z_BCHW = norm_mlp(y_BCHW, block.norm2, block.pwconv1, block.pwconv2, block.gamma2, residual=True)
         z_BCHW.square().sum().backward()
         return [z_BCHW.detach(), leaf.grad]
@@ -191,7 +243,8 @@ def test_an_empty_batch_has_gradients_of_zero() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in block.parameters())
 
 
-def test_the_operations_keep_to_what_pytorch_expects_of_them() -> None:
+@pytest.mark.parametrize("options", [{}, {"mixer": global_mixer(1)}])
+def test_the_operations_keep_to_what_pytorch_expects_of_them(options: dict[str, Callable]) -> None:
     """With the arguments of a real step, so that the operations of the backward pass are checked too."""
     calls = {}
 
@@ -202,14 +255,15 @@ def test_the_operations_keep_to_what_pytorch_expects_of_them() -> None:
             return function(*arguments, **(keywords or {}))
 
     with Recording():
-        small_block(dim=6, order=2)(maps(2, 6, 3, 3)).sum().backward()
+        small_block(dim=6, order=2, **options)(maps(2, 6, 3, 3)).sum().backward()
     names = {function.name().split("::")[1] for function in calls}
     assert names >= {f"{name}{way}" for name in ("norm_linear", "gates", "norm_mlp") for way in ("", "_backward")}
     for function, arguments in calls.items():
         torch.library.opcheck(function, arguments)
 
 
-def test_what_was_kept_may_come_back_elsewhere_in_memory() -> None:
+@pytest.mark.parametrize("options", [{}, {"dim": 24, "mixer": global_mixer(3), "size": (11, 7)}])
+def test_what_was_kept_may_come_back_elsewhere_in_memory(options: dict) -> None:
     """Hooks on saved tensors (to disk, to another device) give copies, at any address."""
 
     def moved(t: torch.Tensor) -> torch.Tensor:
@@ -217,9 +271,9 @@ def test_what_was_kept_may_come_back_elsewhere_in_memory() -> None:
 
     grads = []
     for unpack in (moved, lambda t: t):
-        block = small_block()
+        block = small_block(**options)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
-            y_BCHW = block(maps(3, 20, 11, 7))
+            y_BCHW = block(maps(3, options.get("dim", 20), 11, 7))
         y_BCHW.square().sum().backward()
         grads.append([p.grad for p in block.parameters()])
     for a, b in zip(*grads, strict=True):

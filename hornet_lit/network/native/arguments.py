@@ -37,7 +37,9 @@ class Norm(ctypes.Structure):
 
 class Linear(ctypes.Structure):
     _fields_ = [("x", Pointer), ("K", Int), ("N", Int), ("P", Int), ("norm", Norm)]
-    _fields_ += [(name, Pointer) for name in ("w", "b", "p", "q", "dx", "dw", "dvectors")]
+    _fields_ += [(name, Pointer) for name in ("w", "b", "p", "q", "r")]
+    _fields_ += [("then", Norm)]
+    _fields_ += [(name, Pointer) for name in ("kept", "dx", "dw", "dvectors")]
 
 
 class Mlp(ctypes.Structure):
@@ -48,10 +50,11 @@ class Mlp(ctypes.Structure):
 
 
 class Gates(ctypes.Structure):
-    _fields_ = [("p", Pointer), ("gates", Pointer), ("C", Int), ("order", Int), ("first", Int)]
+    _fields_ = [("p", Pointer), ("gates", Pointer), ("others", Pointer), ("norm", Norm)]
+    _fields_ += [("C", Int), ("order", Int), ("first", Int)]
     _fields_ += [("w", Pointers), ("b", Pointers)]
     _fields_ += [(name, Pointer) for name in ("scale", "x", "y", "dy")]
-    _fields_ += [("dp", Pointer), ("dgates", Pointer), ("dw", Pointers)]
+    _fields_ += [("dp", Pointer), ("dgates", Pointer), ("dothers", Pointer), ("dw", Pointers)]
     _fields_ += [("dvectors", Pointer), ("dscale", Pointer)]
 
 

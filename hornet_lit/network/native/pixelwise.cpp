@@ -14,7 +14,8 @@
 
 namespace {
 
-// out = W·norm(x) + b, its first P channels to p and the rest to q, or from there in the backward kernel.
+// out = W·norm(x) + b, its first P channels to p and the rest to q, or from there in the backward kernel. If r is not
+// null the rest goes through a second norm, and its halves to q and r; what it was before is kept in tiles, if not null.
 template <class X, class Element>
 struct Linear {
     const X* x;
@@ -22,9 +23,13 @@ struct Linear {
     Norm norm;
     const Element* w;
     const float* b;
-    Element *p, *q;
+    Element *p, *q, *r;
+    Norm then;
+    Element* kept;
     X* dx;
     float *dw, *dvectors;
+    int64_t rest() const { return N - P; }
+    int64_t half() const { return r ? rest() / 2 : 0; }  // of the channels: those of r
 };
 
 template <class X, class Dot>
@@ -32,32 +37,47 @@ void linear_forward(const Linear<X, typename Dot::Element>& a, int64_t M, int64_
     for_tiles(M, T, a.K + a.N, [&](auto size, const Tile& t, Vec* scratch) {
         constexpr int V = decltype(size)::value;
         Vec *x = scratch, *out = x + a.K * V, inverse[V];
-        enter<V>(a.x + t.first * a.K, t.rows, a.K, x);
-        prefetch_next(a.x, t, a.K, M);
+        enter<V>(a.x, t, a.K, M, x);
         standardise<V>(x, a.K, a.norm.eps, inverse);
         affine<V>(x, a.K, a.norm, x);
         pack<Dot>(x, a.K, V);
         product<V, Dot>(a.w, a.N, x, a.K, [&](int64_t n, int v, Vec sum) { out[n * V + v] = sum + a.b[n]; });
         leave<V>(out, t, a.P, a.p, M);
-        leave<V>(out + a.P * V, t, a.N - a.P, a.q, M);
+        Vec* rest = out + a.P * V;
+        if (a.kept)
+            for (int64_t i = 0; i < a.rest() * V; ++i) store(rest[i], a.kept + t.first * a.rest() + i * kLanes, kLanes);
+        if (a.r) {
+            standardise<V>(rest, a.rest(), a.then.eps, inverse);
+            affine<V>(rest, a.rest(), a.then, rest);
+        }
+        const int64_t first = a.rest() - a.half();
+        leave<V>(rest, t, first, a.q, M);
+        leave<V>(rest + first * V, t, a.half(), a.r, M);
     });
 }
 
-// Vectors: b, norm.weight, norm.bias.
+// Vectors: b, norm.weight, norm.bias; then.weight, then.bias.
 template <class X, class Dot>
 void linear_backward(const Linear<X, typename Dot::Element>& a, int64_t M, int64_t T, int64_t workers) {
+    const int64_t again = a.r ? a.rest() : 0, first = a.rest() - a.half();  // again: channels normed twice
     Sums<Dot> sums;
     sums.add(a.N, whole<Dot>(a.K), a.dw);
-    sums.elements = a.N + 2 * a.K, sums.vectors_to = a.dvectors;
+    sums.elements = a.N + 2 * a.K + 2 * again, sums.vectors_to = a.dvectors;
     auto* w = turned_weight<Dot>(a.w, a.N, a.K, T);
     const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept<Dot>& kept, Vec* lanes) {
         constexpr int V = decltype(size)::value;
-        Vec *x = scratch, *in = x + a.K * V, *dx = in + a.K * V, inverse[V];
-        const auto [d, D] = in_place<Dot, V>(kept.d[0], dx + a.K * V);
-        enter<V>(a.x + t.first * a.K, t.rows, a.K, x);
-        enter<V>(a.p + t.first * a.P, t.rows, a.P, d, D);
-        enter<V>(a.q + t.first * (a.N - a.P), t.rows, a.N - a.P, d + a.P * D, D);
-        prefetch_next(a.x, t, a.K, M), prefetch_next(a.p, t, a.P, M), prefetch_next(a.q, t, a.N - a.P, M);
+        Vec *x = scratch, *in = x + a.K * V, *dx = in + a.K * V, *rest = dx + a.K * V, inverse[V];
+        const auto [d, D] = in_place<Dot, V>(kept.d[0], rest + again * V);
+        enter<V>(a.x, t, a.K, M, x);
+        enter<V>(a.p, t, a.P, M, d, D);
+        enter<V>(a.q, t, first, M, d + a.P * D, D);
+        if (a.r) {
+            enter<V>(a.r, t, a.half(), M, d + (a.P + first) * D, D);
+            for (int64_t i = 0; i < again * V; ++i) rest[i] = load(a.kept + t.first * again + i * kLanes, kLanes);
+            standardise<V>(rest, again, a.then.eps, inverse);
+            Vec* vectors = lanes + a.N + 2 * a.K;
+            norm_back<V>(d + a.P * D, rest, inverse, again, a.then, vectors, vectors + again, D);
+        }
         standardise<V>(x, a.K, a.norm.eps, inverse);
         affine<V>(x, a.K, a.norm, in);
         turn<Dot, V>(in, a.K, kept.rows[0]);
@@ -68,7 +88,7 @@ void linear_backward(const Linear<X, typename Dot::Element>& a, int64_t M, int64
         norm_back<V>(dx, x, inverse, a.K, a.norm, lanes + a.N, lanes + a.N + a.K);
         leave<V>(dx, t, a.K, a.dx, M);
     };
-    for_tiles_back(M, T, workers, 3 * a.K + a.N, sums, run);
+    for_tiles_back(M, T, workers, 3 * a.K + a.N + again, sums, run);
     std::free(w);
 }
 
@@ -97,9 +117,8 @@ void mlp_forward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T) {
         constexpr int V = decltype(size)::value;
         Vec *x = scratch, *y = x + a.C * V, *hidden = y + a.C * V, inverse[V];
         auto* kept = a.h ? a.h + t.first * a.N : nullptr;
-        enter<V>(a.x + t.first * a.C, t.rows, a.C, y);
+        enter<V>(a.x, t, a.C, M, y);
         std::memcpy(x, y, a.C * V * sizeof(Vec));
-        prefetch_next(a.x, t, a.C, M);
         standardise<V>(x, a.C, a.norm.eps, inverse);
         affine<V>(x, a.C, a.norm, x);
         pack<Dot>(x, a.C, V);
@@ -134,8 +153,7 @@ void mlp_backward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T, 
         Vec *x = scratch, *in = x + a.C * V, *dy = in + a.C * V, *dx = dy + a.C * V, *next = dx + a.C * V, inverse[V];
         const auto [dh, D] = in_place<Dot, V>(kept.d[0], next);
         const auto* kept_h = a.h + t.first * a.N;  // at any address: hooks may have moved what was kept
-        enter<V>(a.dy + t.first * a.C, t.rows, a.C, dy);
-        prefetch_next(a.dy, t, a.C, M), prefetch_next(a.x, t, a.C, M);
+        enter<V>(a.dy, t, a.C, M, dy);
         turn<Dot, V>(dy, a.C, kept.rows[1]);
         scaled<V>(dy, a.C, a.scale, dx);
         pack<Dot>(dx, a.C, V);
@@ -146,7 +164,7 @@ void mlp_backward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T, 
             dh[n * D + v] = d;
             lanes[n] += d;
         });
-        enter<V>(a.x + t.first * a.C, t.rows, a.C, x);
+        enter<V>(a.x, t, a.C, M, x);
         standardise<V>(x, a.C, a.norm.eps, inverse);
         affine<V>(x, a.C, a.norm, in);
         turn<Dot, V>(in, a.C, kept.rows[0]);
@@ -165,30 +183,42 @@ void mlp_backward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T, 
 }
 
 // z₀ = p ⊙ g₀, z_{k+1} = (W_k·z_k + b_k) ⊙ g_{k+1}; y = x + scale ⊙ (W·z + b), the last w and b; y - x if no x.
+// If `others` is not null, all g lie as they alternate in `gates` and there, and go through a norm first.
 template <class X, class Element>
 struct Gates {
-    const Element *p, *gates;
+    const Element *p, *gates, *others;
+    Norm norm;
     int64_t C, order, first;  // first: width of p
     const Element* w[kMaxOrder];
     const float *b[kMaxOrder], *scale;
     const X* x;
     X* y;
     const X* dy;
-    Element *dp, *dgates;
+    Element *dp, *dgates, *dothers;
     float *dw[kMaxOrder], *dvectors, *dscale;
     int64_t filtered() const { return 2 * C - first; }
+    int64_t maps() const { return others ? 2 : 1; }
 };
+
+// All g of a tile's pixels: as they are read, and times the norm's vectors in `g`, if there is a norm.
+template <int V, class X, class Element>
+void enter_gates(const Gates<X, Element>& a, const Tile& t, int64_t M, Vec* x, Vec* inverse, Vec* g) {
+    const int64_t Q = a.filtered(), each = Q / a.maps();
+    enter<V>(a.gates, t, each, M, x, a.maps() * V);
+    if (!a.others) return;
+    enter<V>(a.others, t, each, M, x + V, 2 * V);
+    standardise<V>(x, Q, a.norm.eps, inverse);
+    affine<V>(x, Q, a.norm, g);
+}
 
 template <class X, class Dot>
 void gates_forward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t T) {
     for_tiles(M, T, a.first + a.filtered() + a.C, [&](auto size, const Tile& t, Vec* scratch) {
         constexpr int V = decltype(size)::value;
-        Vec *p = scratch, *z = p + a.first * V, *y = z + a.filtered() * V;
-        enter<V>(a.p + t.first * a.first, t.rows, a.first, p);
-        enter<V>(a.gates + t.first * a.filtered(), t.rows, a.filtered(), z);
+        Vec *p = scratch, *z = p + a.first * V, *y = z + a.filtered() * V, inverse[V];
+        enter<V>(a.p, t, a.first, M, p);
+        enter_gates<V>(a, t, M, z, inverse, z);
         for (int64_t i = 0; i < a.first * V; ++i) z[i] *= p[i];
-        prefetch_next(a.p, t, a.first, M), prefetch_next(a.gates, t, a.filtered(), M);
-        if (a.x) prefetch_next(a.x, t, a.C, M);
         pack<Dot>(z, a.first, V);
         int64_t k = 0;
         for (int64_t width = a.first; k + 1 < a.order; ++k, width *= 2) {
@@ -200,7 +230,7 @@ void gates_forward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t 
             z = next;
         }
         const float* b = a.b[k];
-        if (a.x) enter<V>(a.x + t.first * a.C, t.rows, a.C, y);
+        if (a.x) enter<V>(a.x, t, a.C, M, y);
         product<V, Dot>(a.w[k], a.C, z, a.C, [&](int64_t c, int v, Vec sum) {
             const Vec branch = (sum + b[c]) * a.scale[c];
             y[c * V + v] = a.x ? y[c * V + v] + branch : branch;
@@ -209,7 +239,7 @@ void gates_forward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t 
     });
 }
 
-// Interactions are computed again. Vectors: all b.
+// Interactions are computed again. Vectors: all b; norm.weight, norm.bias.
 template <class X, class Dot>
 void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t T, int64_t workers) {
     const int64_t Q = a.filtered(), last = a.order - 1;
@@ -220,17 +250,17 @@ void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t
         sums.add(out, k < last ? whole<Dot>(in) : in, a.dw[k]);
         turned[k] = turned_weight<Dot>(a.w[k], out, in, T);
     }
-    sums.elements = 3 * a.C - 2 * a.first, sums.vectors_to = a.dvectors;
+    const int64_t biases = 3 * a.C - 2 * a.first, normed = a.others ? Q : 0;
+    sums.elements = biases + 2 * normed, sums.vectors_to = a.dvectors;
     sums.w = a.w[last], sums.b = a.b[last], sums.scale = a.scale;
     sums.bias = 2 * (a.C - a.first), sums.dscale = a.dscale;
     const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept<Dot>& kept, Vec* lanes) {
         constexpr int V = decltype(size)::value;
         // Of z, of the gates g, and of the products u that they multiply, order k begins where its width - first is.
         Vec *p = scratch, *z = p + a.first * V, *g = z + Q * V, *u = g + Q * V, *dy = u + Q * V;
-        Vec *dz = dy + a.C * V, *other = dz + a.C * V;
-        enter<V>(a.p + t.first * a.first, t.rows, a.first, p);
-        enter<V>(a.gates + t.first * Q, t.rows, Q, g);
-        prefetch_next(a.p, t, a.first, M), prefetch_next(a.gates, t, Q, M), prefetch_next(a.dy, t, a.C, M);
+        Vec *dz = dy + a.C * V, *other = dz + a.C * V, *x = a.others ? other + a.C * V : g, inverse[V];
+        enter<V>(a.p, t, a.first, M, p);
+        enter_gates<V>(a, t, M, x, inverse, g);
         for (int64_t i = 0; i < a.first * V; ++i) z[i] = p[i] * g[i];
         int64_t width = a.first;
         for (int64_t k = 0; k < last; ++k, width *= 2) {
@@ -244,9 +274,10 @@ void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t
                 u[i] = sum + b[n], z[i] = u[i] * g[i];
             });
         }
-        enter<V>(a.dy + t.first * a.C, t.rows, a.C, dy);
+        enter<V>(a.dy, t, a.C, M, dy);
         turn<Dot, V>(dy, a.C, kept.rows[last]);
         keep<Dot, V>(z + (a.C - a.first) * V, a.C, kept.d[last]);
+        Vec *norm_lanes = lanes + biases;
         lanes += 2 * (a.C - a.first);
         add_lanes<V>(dy, a.C, lanes);
         scaled<V>(dy, a.C, a.scale, other);
@@ -275,9 +306,13 @@ void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t
             dz[i] *= gate;
         }
         leave<V>(dz, t, a.first, a.dp, M);
-        leave<V>(g, t, Q, a.dgates, M);
+        if (a.others) {
+            norm_back<V>(g, x, inverse, Q, a.norm, norm_lanes, norm_lanes + Q);
+            leave<V>(g + V, t, Q / 2, a.dothers, M, 2 * V);
+        }
+        leave<V>(g, t, Q / a.maps(), a.dgates, M, a.maps() * V);
     };
-    for_tiles_back(M, T, workers, a.first + 3 * Q + 3 * a.C, sums, run);
+    for_tiles_back(M, T, workers, a.first + 3 * Q + 3 * a.C + normed, sums, run);
     for (int64_t k = 0; k < a.order; ++k) std::free(turned[k]);
 }
 

@@ -20,35 +20,6 @@ struct Tile {
     int64_t first, rows;  // of the pixels
 };
 
-// (rows, C) from memory into a tile of channels `pitch` vectors apart; pixels beyond `rows` are 0.
-template <int V>
-void enter(const float* x, int64_t rows, int64_t C, Vec* tile, int64_t pitch = V) {
-    for (int64_t v = 0; v < V; ++v)
-        for (int64_t c = 0; c < C; c += kLanes) {
-            Vec r[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i)
-                r[i] = v * kLanes + i < rows ? load(x + (v * kLanes + i) * C + c, C - c) : Vec{};
-            transpose(r);
-            for (int64_t i = 0; i < kLanes && c + i < C; ++i) tile[(c + i) * pitch + v] = r[i];
-        }
-}
-
-// Of bfloat16 a pair of channels at a time.
-template <int V>
-void enter(const uint16_t* x, int64_t rows, int64_t C, Vec* tile, int64_t pitch = V) {
-    for (int64_t v = 0; v < V; ++v)
-        for (int64_t c = 0; c < C; c += 2 * kLanes) {
-            Vec r[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i)
-                r[i] = v * kLanes + i < rows ? load_some<Vec>(x + (v * kLanes + i) * C + c, C - c) : Vec{};
-            transpose(r);
-            for (int64_t i = 0; i < kLanes && c + 2 * i < C; ++i) {
-                tile[(c + 2 * i) * pitch + v] = (Vec)((Bits)r[i] << 16);
-                if (c + 2 * i + 1 < C) tile[(c + 2 * i + 1) * pitch + v] = (Vec)((Bits)r[i] & 0xffff0000u);
-            }
-        }
-}
-
 // Asks for the next tile's pixels of a map while this one is computed: read row by row, the processor would not guess.
 template <class T>
 void prefetch_next(const T* x, const Tile& t, int64_t C, int64_t M) {
@@ -56,19 +27,54 @@ void prefetch_next(const T* x, const Tile& t, int64_t C, int64_t M) {
     for (int64_t at = first * C; at < last * C; at += 64 / sizeof(T)) __builtin_prefetch(x + at, 0, 2);
 }
 
+// A tile's pixels from memory, a map of M pixels of C channels, which in the tile lie `pitch` vectors apart; pixels beyond
+// the tile's rows are 0.
+template <int V>
+void enter(const float* map, const Tile& t, int64_t C, int64_t M, Vec* tile, int64_t pitch = V) {
+    const float* x = map + t.first * C;
+    for (int64_t v = 0; v < V; ++v)
+        for (int64_t c = 0; c < C; c += kLanes) {
+            Vec r[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i)
+                r[i] = v * kLanes + i < t.rows ? load(x + (v * kLanes + i) * C + c, C - c) : Vec{};
+            transpose(r);
+            for (int64_t i = 0; i < kLanes && c + i < C; ++i) tile[(c + i) * pitch + v] = r[i];
+        }
+    prefetch_next(map, t, C, M);
+}
+
+// Of bfloat16 a pair of channels at a time.
+template <int V>
+void enter(const uint16_t* map, const Tile& t, int64_t C, int64_t M, Vec* tile, int64_t pitch = V) {
+    const uint16_t* x = map + t.first * C;
+    for (int64_t v = 0; v < V; ++v)
+        for (int64_t c = 0; c < C; c += 2 * kLanes) {
+            Vec r[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i)
+                r[i] = v * kLanes + i < t.rows ? load_some<Vec>(x + (v * kLanes + i) * C + c, C - c) : Vec{};
+            transpose(r);
+            for (int64_t i = 0; i < kLanes && c + 2 * i < C; ++i) {
+                tile[(c + 2 * i) * pitch + v] = (Vec)((Bits)r[i] << 16);
+                if (c + 2 * i + 1 < C) tile[(c + 2 * i + 1) * pitch + v] = (Vec)((Bits)r[i] & 0xffff0000u);
+            }
+        }
+    prefetch_next(map, t, C, M);
+}
+
 template <class T>
 void store_line(Vec v, T* to, int64_t count, bool past) {
     past ? store_past(v, reinterpret_cast<float*>(to)) : store_some(v, to, count);
 }
 
-// A tile's first `rows` pixels to memory, from the first of them on, as rows of C channels of a map of M pixels.
+// A tile's first `rows` pixels to memory, from the first of them on, as rows of C channels of a map of M pixels; in the
+// tile channels are `pitch` vectors apart.
 template <int V>
-void leave(const Vec* tile, const Tile& t, int64_t C, float* x, int64_t M) {
+void leave(const Vec* tile, const Tile& t, int64_t C, float* x, int64_t M, int64_t pitch = V) {
     const bool past = past_caches(x, M, C);
     for (int64_t v = 0; v < V; ++v)
         for (int64_t c = 0; c < C; c += kLanes) {
             Vec r[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i) r[i] = c + i < C ? tile[(c + i) * V + v] : Vec{};
+            for (int64_t i = 0; i < kLanes; ++i) r[i] = c + i < C ? tile[(c + i) * pitch + v] : Vec{};
             transpose(r);
             for (int64_t i = 0; i < kLanes && v * kLanes + i < t.rows; ++i)
                 store_line(r[i], x + (t.first + v * kLanes + i) * C + c, C - c, past);
@@ -76,14 +82,15 @@ void leave(const Vec* tile, const Tile& t, int64_t C, float* x, int64_t M) {
 }
 
 template <int V>
-void leave(const Vec* tile, const Tile& t, int64_t C, uint16_t* x, int64_t M) {
+void leave(const Vec* tile, const Tile& t, int64_t C, uint16_t* x, int64_t M, int64_t pitch = V) {
     const bool past = past_caches(x, M, C);
     for (int64_t v = 0; v < V; ++v)
         for (int64_t c = 0; c < C; c += 2 * kLanes) {
             Vec r[kLanes];
             for (int64_t i = 0; i < kLanes; ++i) {
                 const int64_t k = c + 2 * i;
-                r[i] = k < C ? paired(tile[k * V + v], k + 1 < C ? tile[(k + 1) * V + v] : Vec{}) : Vec{};
+                const Vec second = k + 1 < C ? tile[(k + 1) * pitch + v] : Vec{};
+                r[i] = k < C ? paired(tile[k * pitch + v], second) : Vec{};
             }
             transpose(r);
             for (int64_t i = 0; i < kLanes && v * kLanes + i < t.rows; ++i)
@@ -263,24 +270,25 @@ void scaled(const Vec* x, int64_t C, const float* scale, Vec* y) {
         for (int64_t v = 0; v < V; ++v) y[c * V + v] = x[c * V + v] * scale[c];
 }
 
-// From the gradient of a LayerNorm's output to that of its input, in place; adds to the sums of its two vectors.
+// From the gradient of a LayerNorm's output to that of its input, in place, channels `pitch` vectors apart; adds to the
+// sums of its two vectors.
 template <int V>
 void norm_back(Vec* d, const Vec* x, const Vec* inverse, int64_t C, const Norm& norm, Vec* weight_sums,
-               Vec* bias_sums) {
+               Vec* bias_sums, int64_t pitch = V) {
     Vec mean[V], along[V];
     for (int64_t c = 0; c < C; ++c)
         for (int v = 0; v < V; ++v) {
-            Vec& g = d[c * V + v];
+            Vec& g = d[c * pitch + v];
             weight_sums[c] += g * x[c * V + v];
             bias_sums[c] += g;
             g *= norm.weight[c];
         }
-    over_channels<V>(C, mean, [&](int64_t c, int v) { return d[c * V + v]; });
-    over_channels<V>(C, along, [&](int64_t c, int v) { return d[c * V + v] * x[c * V + v]; });
+    over_channels<V>(C, mean, [&](int64_t c, int v) { return d[c * pitch + v]; });
+    over_channels<V>(C, along, [&](int64_t c, int v) { return d[c * pitch + v] * x[c * V + v]; });
     for (int v = 0; v < V; ++v) mean[v] *= 1.0f / C, along[v] *= 1.0f / C;
     for (int64_t c = 0; c < C; ++c)
         for (int v = 0; v < V; ++v) {
-            Vec& g = d[c * V + v];
+            Vec& g = d[c * pitch + v];
             g = inverse[v] * (g - mean[v] - x[c * V + v] * along[v]);
         }
 }

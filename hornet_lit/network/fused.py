@@ -1,0 +1,131 @@
+"""Where the fused CPU operations of `pixelwise` may run, and what their kernels are given.
+
+They run in C++ (native/pixelwise.cpp) where that could be built and the processor has AVX2 or AVX-512: in float32 and,
+with AVX-512's bfloat16, under its autocast; forward alone in bfloat16. Elsewhere `usable` says no, and the caller
+computes the same with PyTorch's own operations.
+
+Shapes: B batch, C channels, H height, W width, K channels in, N channels out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import nn
+
+from hornet_lit.network import native
+from hornet_lit.network.layers import GELU, ChannelLinear, changed, observed
+from hornet_lit.network.native.arguments import pointer
+
+MOST_BYTES = 2**30  # for all threads' sums in a backward kernel: few threads for wide layers on large machines
+LINEAR = (nn.Conv2d, ChannelLinear)
+
+
+def usable(x_BCHW: torch.Tensor, norm: nn.Module, *linears: nn.Module, act: nn.Module | None = None) -> bool:
+    """Whether the fused operations may stand for these modules here: nobody can look in between or has changed them."""
+    if x_BCHW.device.type != "cpu" or x_BCHW.ndim != 4 or observed():
+        return False
+    autocast = torch.is_autocast_enabled("cpu")
+    pairs = autocast or x_BCHW.dtype == torch.bfloat16
+    if x_BCHW.dtype not in (torch.float32, torch.bfloat16) or not _built(pairs):
+        return False
+    if autocast and (x_BCHW.dtype != torch.float32 or torch.get_autocast_dtype("cpu") != torch.bfloat16):
+        return False
+    if x_BCHW.dtype == torch.bfloat16 and torch.is_grad_enabled():  # backward kernels are for float32 maps alone
+        return False
+    if act is not None and (type(act) is not GELU or changed(act) or act.approximate != "none"):
+        return False
+    return usable_norm(norm, x_BCHW.shape[1], x_BCHW.dtype) and all(_plain(m, x_BCHW.dtype, *LINEAR) for m in linears)
+
+
+def usable_norm(norm: nn.Module, channels: int, dtype: torch.dtype) -> bool:
+    """Whether a fused operation may compute this norm of that many channels, where it may run at all."""
+    if not _plain(norm, dtype, LayerNorm2d) or norm.eps <= 0:  # without, a tile's missing pixels, all 0, spoil sums
+        return False
+    return len(norm.weight) == channels  # else the library's own error is the clearest
+
+
+def promoted(x_BCHW: torch.Tensor, scale_C: torch.Tensor | None) -> torch.Tensor:
+    """x as ``x + scale ⊙ …`` would promote it: what autocast's convolutions between stages give in bfloat16 becomes
+    float32, for which alone there are kernels under autocast."""
+    mixed = torch.is_autocast_enabled("cpu") and x_BCHW.device.type == "cpu" and x_BCHW.dtype == torch.bfloat16
+    return x_BCHW.float() if mixed and scale_C is not None and scale_C.dtype == torch.float32 else x_BCHW
+
+
+def _plain(module: nn.Module, dtype: torch.dtype, *types: type[nn.Module]) -> bool:
+    if type(module) not in types or changed(module):
+        return False
+    if isinstance(module, nn.Conv2d):
+        size = module.kernel_size, module.stride, module.padding, module.groups
+        if size != ((1, 1), (1, 1), (0, 0), 1):
+            return False
+    if module.bias is None or module.bias.shape != module.weight.shape[:1]:
+        return False
+    return all(type(p) in (torch.Tensor, nn.Parameter) and p.dtype == dtype for p in (module.weight, module.bias))
+
+
+def _built(pairs: bool) -> bool:
+    return native.offers("pixelwise", "mlp_forward_bf16" if pairs else "mlp_forward_f32")
+
+
+def run(name: str, like: Sequence[torch.Tensor], arguments: ctypes.Structure, *sizes: int) -> None:
+    """The kernel for a residual stream and weights of these tensors' types."""
+    stream, weights = (tensor.dtype for tensor in like)
+    suffix = "mixed" if stream != weights else "f32" if stream == torch.float32 else "bf16"
+    native.run("pixelwise", f"{name}_{suffix}", arguments, *sizes)
+
+
+def pointers(**tensors: torch.Tensor | None) -> dict[str, int | None]:
+    return {name: pointer(tensor) for name, tensor in tensors.items()}
+
+
+def _weights_type(x_BCHW: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BCHW.dtype
+
+
+def fitting_weight(linear: nn.Conv2d | nn.Linear, x_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    weight_NK = linear.weight.flatten(1)
+    if tuple(weight_NK.shape) != size:
+        raise ValueError(f"a layer of {size[1]} channels in and {size[0]} out belongs here, not {linear}")
+    weight_NK = weight_NK.to(_weights_type(x_BCHW))
+    if weight_NK.dtype == torch.bfloat16 and size[1] % 2:
+        weight_NK = F.pad(weight_NK, (0, 1))  # the kernels multiply pairs
+    return weight_NK.contiguous()
+
+
+def vector(values: torch.Tensor) -> torch.Tensor:
+    return values.float().contiguous()
+
+
+def fitting_scale(scale_C: torch.Tensor | None, x_BCHW: torch.Tensor) -> torch.Tensor:
+    channels = x_BCHW.shape[1]
+    if scale_C is None:
+        return x_BCHW.new_ones(channels, dtype=torch.float32)
+    if tuple(scale_C.shape) != (channels,):
+        raise ValueError(f"a scale of {tuple(scale_C.shape)} does not fit {channels} channels")
+    return vector(scale_C)
+
+
+def workers(weights: Sequence[torch.Tensor], threads: int) -> int:
+    """How many threads a backward kernel may give gradients of their own."""
+    each = sum(4 * w.shape[0] * (w.shape[1] + native.lanes("pixelwise")) for w in weights)
+    return max(1, min(threads, MOST_BYTES // each))
+
+
+def room_for_tiles(x_BCHW: torch.Tensor, channels: int, dtype: torch.dtype, keep: bool) -> torch.Tensor:
+    """Room for what a kernel keeps of ``channels`` for its way back, in the kernel's own order, which depends on the
+    number of threads: that is the last element. Empty unless ``keep``."""
+    b, _, h, w = x_BCHW.shape
+    lanes = native.lanes("pixelwise")
+    elements = (b * h * w + lanes - 1) // lanes * lanes * channels
+    floats = elements * dtype.itemsize // 4 + 1 if keep else 0
+    return x_BCHW.new_empty(floats, dtype=torch.float32)
+
+
+def needed(*tensors: torch.Tensor) -> bool:
+    """Whether a gradient for any of these tensors is being recorded."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
