@@ -83,18 +83,32 @@ def pointers(**tensors: torch.Tensor | None) -> dict[str, int | None]:
     return {name: pointer(tensor) for name, tensor in tensors.items()}
 
 
-def _weights_type(x_BCHW: torch.Tensor) -> torch.dtype:
+def weights_type(x_BCHW: torch.Tensor) -> torch.dtype:
+    """What the kernels multiply."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BCHW.dtype
 
 
-def fitting_weight(linear: nn.Conv2d | nn.Linear, x_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def fitting_weight(linear: nn.Conv2d | nn.Linear, size: tuple[int, int]) -> torch.Tensor:
     weight_NK = linear.weight.flatten(1)
     if tuple(weight_NK.shape) != size:
         raise ValueError(f"a layer of {size[1]} channels in and {size[0]} out belongs here, not {linear}")
-    weight_NK = weight_NK.to(_weights_type(x_BCHW))
-    if weight_NK.dtype == torch.bfloat16 and size[1] % 2:
+    return weight_NK
+
+
+def lowered(weight_NK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight as the kernels take it; vectors as they are. Done within autograd functions, so that gradients are
+    rounded no more than the kernels do."""
+    if weight_NK.ndim == 1:
+        return weight_NK
+    weight_NK = weight_NK.to(dtype)
+    if dtype == torch.bfloat16 and weight_NK.shape[1] % 2:
         weight_NK = F.pad(weight_NK, (0, 1))  # the kernels multiply pairs
     return weight_NK.contiguous()
+
+
+def raised(gradients: Sequence[torch.Tensor], columns: Sequence[int]) -> list[torch.Tensor]:
+    """Gradients of what was `lowered`, which had that many columns."""
+    return [g if g.shape[-1] == k else g[:, :k] for g, k in zip(gradients, columns, strict=True)]
 
 
 def vector(values: torch.Tensor) -> torch.Tensor:

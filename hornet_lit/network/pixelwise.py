@@ -16,11 +16,14 @@ from torch.autograd.function import once_differentiable
 from hornet_lit.network.fused import (
     fitting_scale,
     fitting_weight,
+    lowered,
     needed,
     pointers,
+    raised,
     room_for_tiles,
     run,
     vector,
+    weights_type,
     workers,
 )
 from hornet_lit.network.native.arguments import Gates, Linear, Mlp, Norm, Pointers, map_like, pointer, rows
@@ -89,20 +92,21 @@ def _norm_linear_backward(
     arguments.dx, arguments.dw, arguments.dvectors = map(pointer, (dx_BCHW, dw_NC, dvectors))
     sizes = x.numel() // x.shape[-1], threads, workers([weight_NC], threads)
     run("linear_backward", (x, weight_NC), arguments, *sizes)
-    return dx_BCHW, [dw_NC.to(weight_NC.dtype), *(v.clone() for v in dvectors.split(lengths))]
+    return dx_BCHW, [dw_NC, *(v.clone() for v in dvectors.split(lengths))]
 
 
 @_norm_linear_backward.register_fake
 def _(dmaps, x_BCHW, kept, parameters, eps):  # type: ignore[no-untyped-def]
-    return map_like(x_BCHW, x_BCHW.shape[1]), [torch.empty_like(p) for p in parameters]
+    return map_like(x_BCHW, x_BCHW.shape[1]), [torch.empty_like(p, dtype=torch.float32) for p in parameters]
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BCHW, eps, first, *parameters):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_BCHW, eps, first, dtype, *parameters):  # type: ignore[no-untyped-def]
+        ctx.eps, ctx.columns = eps, [p.shape[-1] for p in parameters]
+        parameters = [lowered(p, dtype) for p in parameters]
         maps, kept = _norm_linear(x_BCHW, parameters, eps, first, True)
         ctx.save_for_backward(x_BCHW, kept, *parameters)
-        ctx.eps = eps
         return tuple(maps)
 
     @staticmethod
@@ -110,7 +114,7 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx, *dmaps):  # type: ignore[no-untyped-def]
         x_BCHW, kept, *parameters = ctx.saved_tensors
         dx_BCHW, dparameters = _norm_linear_backward(dmaps, x_BCHW, kept, parameters, ctx.eps)
-        return dx_BCHW, None, None, *dparameters
+        return dx_BCHW, None, None, None, *raised(dparameters, ctx.columns)
 
 
 def norm_linear(
@@ -123,11 +127,11 @@ def norm_linear(
     """
     norms = (norm,) if then is None else (norm, then)
     vectors = [linear.bias, *(v for n in norms for v in (n.weight, n.bias))]
-    weight_NC = fitting_weight(linear, x_BCHW, (len(linear.weight), x_BCHW.shape[1]))
+    weight_NC, dtype = fitting_weight(linear, (len(linear.weight), x_BCHW.shape[1])), weights_type(x_BCHW)
     parameters, eps = [weight_NC, *map(vector, vectors)], [n.eps for n in norms]
     if needed(x_BCHW, *parameters):
-        return _NormLinear.apply(x_BCHW, eps, first, *parameters)
-    return _norm_linear(x_BCHW, parameters, eps, first, False)[0]
+        return _NormLinear.apply(x_BCHW, eps, first, dtype, *parameters)
+    return _norm_linear(x_BCHW, [lowered(p, dtype) for p in parameters], eps, first, False)[0]
 
 
 # LayerNorm, MLP and residual. Parameters: w1 (N, C), b1, w2 (C, N), b2, the scale, the norm's two.
@@ -171,20 +175,21 @@ def _norm_mlp_backward(
     arguments = Mlp(C=c, N=n, residual=residual, norm=Norm(*map(pointer, norm), eps), **fields)
     run("mlp_backward", (x, w1_NC), arguments, x.numel() // c, threads, workers([w1_NC, w2_CN], threads))
     db1_N, db2_C, *dnorm = (v.clone() for v in dvectors.split([n, c, c, c]))
-    return dx_BCHW, [dw1_NC.to(w1_NC.dtype), db1_N, dw2_CN.to(w2_CN.dtype), db2_C, dscale_C, *dnorm]
+    return dx_BCHW, [dw1_NC, db1_N, dw2_CN, db2_C, dscale_C, *dnorm]
 
 
 @_norm_mlp_backward.register_fake
 def _(dy_BCHW, x_BCHW, hidden, parameters, eps, residual):  # type: ignore[no-untyped-def]
-    return map_like(x_BCHW, x_BCHW.shape[1]), [torch.empty_like(p) for p in parameters]
+    return map_like(x_BCHW, x_BCHW.shape[1]), [torch.empty_like(p, dtype=torch.float32) for p in parameters]
 
 
 class _NormMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BCHW, eps, residual, *parameters):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_BCHW, eps, residual, dtype, *parameters):  # type: ignore[no-untyped-def]
+        ctx.eps, ctx.residual, ctx.columns = eps, residual, [p.shape[-1] for p in parameters]
+        parameters = [lowered(p, dtype) for p in parameters]
         y_BCHW, hidden = _norm_mlp(x_BCHW, parameters, eps, residual, True)
         ctx.save_for_backward(x_BCHW, hidden, *parameters)
-        ctx.eps, ctx.residual = eps, residual
         return y_BCHW
 
     @staticmethod
@@ -192,7 +197,7 @@ class _NormMlp(torch.autograd.Function):
     def backward(ctx, dy_BCHW):  # type: ignore[no-untyped-def]
         x_BCHW, hidden, *parameters = ctx.saved_tensors
         dx_BCHW, dparameters = _norm_mlp_backward(dy_BCHW, x_BCHW, hidden, parameters, ctx.eps, ctx.residual)
-        return dx_BCHW, None, None, *dparameters
+        return dx_BCHW, None, None, None, *raised(dparameters, ctx.columns)
 
 
 def norm_mlp(
@@ -206,12 +211,12 @@ def norm_mlp(
 ) -> torch.Tensor:
     """``scale ⊙ down(GELU(up(norm(x))))``, plus x if ``residual``. The backward pass keeps x and up's output."""
     n, c = len(up.weight), x_BCHW.shape[1]
-    w1_NC, w2_CN = fitting_weight(up, x_BCHW, (n, c)), fitting_weight(down, x_BCHW, (c, n))
+    w1_NC, w2_CN, dtype = fitting_weight(up, (n, c)), fitting_weight(down, (c, n)), weights_type(x_BCHW)
     b1_N, b2_C, *norms = map(vector, (up.bias, down.bias, norm.weight, norm.bias))
     parameters = w1_NC, b1_N, w2_CN, b2_C, fitting_scale(scale_C, x_BCHW), *norms
     if needed(x_BCHW, *parameters):
-        return _NormMlp.apply(x_BCHW, norm.eps, residual, *parameters)
-    return _norm_mlp(x_BCHW, parameters, norm.eps, residual, False)[0]
+        return _NormMlp.apply(x_BCHW, norm.eps, residual, dtype, *parameters)
+    return _norm_mlp(x_BCHW, [lowered(p, dtype) for p in parameters], norm.eps, residual, False)[0]
 
 
 # gnConv's gated interactions and output projection. What the filter gave is one map, or two whose channels alternate
@@ -279,28 +284,33 @@ def _gates_backward(
     run("gates_backward", (dy, p), arguments, p.numel() // p.shape[-1], threads, workers(weights, threads))
     each_vector = [v.clone() for v in dvectors.split(biases + norm)]
     each_vector.insert(order, dscale_C)
-    return dmaps, [dw.to(w.dtype) for dw, w in zip(dws, weights, strict=True)], each_vector
+    return dmaps, dws, each_vector
 
 
 @_gates_backward.register_fake
 def _(dy_BCHW, p_BPHW, gates, weights, vectors, eps):  # type: ignore[no-untyped-def]
     dmaps = [map_like(p_BPHW, t.shape[1]) for t in (p_BPHW, *gates)]
-    return dmaps, [torch.empty_like(w) for w in weights], [torch.empty_like(v) for v in vectors]
+    dws = [torch.empty_like(w, dtype=torch.float32) for w in weights]
+    return dmaps, dws, [torch.empty_like(v) for v in vectors]
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sizes, eps, dtype, x_BCHW, p_BPHW, *others):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(p_BPHW, *others)
+    def forward(ctx, sizes, eps, x_BCHW, p_BPHW, dtype, *others):  # type: ignore[no-untyped-def]
         ctx.sizes, ctx.eps, ctx.residual = sizes, eps, x_BCHW is not None
-        return _gates(p_BPHW, *_parted(others, sizes), eps, x_BCHW, dtype)
+        gates, weights, vectors = _parted(others, sizes)
+        ctx.columns = [w.shape[1] for w in weights]
+        weights = [lowered(w, p_BPHW.dtype) for w in weights]
+        ctx.save_for_backward(p_BPHW, *gates, *weights, *vectors)
+        return _gates(p_BPHW, gates, weights, vectors, eps, x_BCHW, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BCHW):  # type: ignore[no-untyped-def]
         p_BPHW, *others = ctx.saved_tensors
-        dmaps, dws, dvectors = _gates_backward(dy_BCHW, p_BPHW, *_parted(others, ctx.sizes), ctx.eps)
-        return None, None, None, dy_BCHW if ctx.residual else None, *dmaps, *dws, *dvectors
+        (dp_BPHW, *dgates), dws, dvectors = _gates_backward(dy_BCHW, p_BPHW, *_parted(others, ctx.sizes), ctx.eps)
+        dx_BCHW = dy_BCHW if ctx.residual else None
+        return None, None, dx_BCHW, dp_BPHW, None, *dgates, *raised(dws, ctx.columns), *dvectors
 
 
 def _parted(tensors: Sequence[torch.Tensor], sizes: tuple[int, int]) -> list[Sequence[torch.Tensor]]:
@@ -332,13 +342,13 @@ def gated(
             raise ValueError(f"a filter must keep its map's shape {expected}, this one gave {tuple(gate.shape)}")
     widths = [p_BPHW.shape[1] << k for k in range(len(linears))]
     sizes = [*zip(widths[1:], widths[:-1], strict=True), (x_BCHW.shape[1], widths[-1])]
-    weights = [fitting_weight(m, x_BCHW, size) for m, size in zip(linears, sizes, strict=True)]
+    weights = [fitting_weight(m, size) for m, size in zip(linears, sizes, strict=True)]
     vectors = [*(vector(m.bias) for m in linears), fitting_scale(scale_C, x_BCHW)]
     if norm is not None:
         vectors += [vector(norm.weight * factor), vector(norm.bias * factor)]
     gates, eps = [gate.to(p_BPHW.dtype) for gate in gates], 0.0 if norm is None else norm.eps
-    x_or_none = x_BCHW if residual else None
+    stream, dtype = x_BCHW if residual else None, x_BCHW.dtype
     if needed(x_BCHW, p_BPHW, *gates, *weights, *vectors):
         counts = len(gates), len(weights)
-        return _Gated.apply(counts, eps, x_BCHW.dtype, x_or_none, p_BPHW, *gates, *weights, *vectors)
-    return _gates(p_BPHW, gates, weights, vectors, eps, x_or_none, x_BCHW.dtype)
+        return _Gated.apply(counts, eps, stream, p_BPHW, dtype, *gates, *weights, *vectors)
+    return _gates(p_BPHW, gates, [lowered(w, p_BPHW.dtype) for w in weights], vectors, eps, stream, dtype)

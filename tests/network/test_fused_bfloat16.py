@@ -83,6 +83,15 @@ def test_gradients_err_no_more_than_the_librarys(
     assert ran == MIXED + BACK
 
 
+def test_gradients_of_weights_are_not_rounded() -> None:
+    """Autocast's own are, to bfloat16 on their way back to a float32 parameter."""
+    block = small_block(7, 1)
+    autocast(block)(maps(5, 7, 14, 13)).square().sum().backward()
+    for name in ("gnconv.proj_in", "gnconv.proj_out", "pwconv1", "pwconv2"):
+        grad = block.get_submodule(name).weight.grad
+        assert grad.dtype == torch.float32 and (grad != grad.bfloat16()).float().mean() > 0.9
+
+
 def test_maps_larger_than_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are written past them, if their pixels are whole lines of memory."""
     block, x_BCHW = small_block(64, 2), maps(1, 64, 130, 131)

@@ -276,14 +276,12 @@ template <int V>
 void norm_back(Vec* d, const Vec* x, const Vec* inverse, int64_t C, const Norm& norm, Vec* weight_sums,
                Vec* bias_sums, int64_t pitch = V) {
     Vec mean[V], along[V];
-    for (int64_t c = 0; c < C; ++c)
-        for (int v = 0; v < V; ++v) {
-            Vec& g = d[c * pitch + v];
-            weight_sums[c] += g * x[c * V + v];
-            bias_sums[c] += g;
-            g *= norm.weight[c];
-        }
-    over_channels<V>(C, mean, [&](int64_t c, int v) { return d[c * pitch + v]; });
+    over_channels<V>(C, mean, [&](int64_t c, int v) {
+        Vec& g = d[c * pitch + v];
+        weight_sums[c] += g * x[c * V + v];
+        bias_sums[c] += g;
+        return g *= norm.weight[c];
+    });
     over_channels<V>(C, along, [&](int64_t c, int v) { return d[c * pitch + v] * x[c * V + v]; });
     for (int v = 0; v < V; ++v) mean[v] *= 1.0f / C, along[v] *= 1.0f / C;
     for (int64_t c = 0; c < C; ++c)
