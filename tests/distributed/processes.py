@@ -31,12 +31,13 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
 def forkserver() -> ForkServerContext:
     """Forks processes from a server that has only imported the libraries: each of them would take seconds for that."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"hornet_lit.{name}" for name in ("data", "module", "strategy", "writers")])
+    ours = [f"hornet_lit.{name}" for name in ("data", "module", "strategy", "writers")]
+    context.set_forkserver_preload([*ours, "sklearn.datasets", "sklearn.model_selection"])  # for the digits
     return context
 
 
-def run_processes(module: str, arguments: list[str], world: int, timeout: int = 400) -> None:
-    """Run ``python -m module arguments`` in ``world`` fresh processes and wait for all of them."""
+def run_processes(module: str, arguments: list[str], world: int, timeout: int = 400) -> str:
+    """Run ``python -m module arguments`` in ``world`` fresh processes and give what they printed, one after another."""
     with tempfile.TemporaryDirectory() as folder:
         port, logs = free_port(), [Path(folder, str(rank)) for rank in range(world)]
         settings = [dict(os.environ) | environment(rank, world, port) for rank in range(world)]
@@ -55,6 +56,7 @@ def run_processes(module: str, arguments: list[str], world: int, timeout: int = 
         for rank, (p, log) in enumerate(zip(processes, logs, strict=True)):
             end = log.read_text()[-3000:] if log.exists() else ""
             assert p.exitcode == 0, f"process {rank} of {module} {arguments} ended with {p.exitcode}:\n{end}"
+        return "".join(log.read_text() for log in logs)
 
 
 def _run_module(module: str, arguments: list[str], settings: dict[str, str], log: Path) -> None:

@@ -2,17 +2,15 @@
 
 import csv
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from writer_doubles import NAMES, Images, TinyData, TinyModule, quiet_trainer
 
-import hornet_lit
 from hornet_lit.writers import PredictionWriter
 from hornet_lit.writers.predictions import merge_parts, top_classes
+from tests.distributed.processes import run_processes
 
 COUNTS = (1, 7, 37)
 
@@ -28,25 +26,14 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def start(folder: Path, *, world: int) -> str:
-    """Predict sets of COUNTS images, then fit, in a process that starts its other ranks; return what they printed."""
+    """Predict sets of COUNTS images, then fit, in `world` processes; return what they printed."""
     folder.mkdir(exist_ok=True)
-    ours = {
-        name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE")
-    }
-    home = str(Path(hornet_lit.__file__).parents[1])
-    script = Path(__file__).with_name("writer_doubles.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), "--world", str(world), "--counts", *map(str, COUNTS)],
-        env=ours | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([home, ours.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = [str(folder), "--world", str(world), "--counts", *map(str, COUNTS)]
+    out = run_processes("writer_doubles", words, world)
     for count in COUNTS:
         said = f"predictions: {count} rows in {(folder / f'{count}.csv').resolve()}"
-        assert done.stdout.count(said) == 1, done.stdout
-    return done.stdout
+        assert out.count(said) == 1, out
+    return out
 
 
 @pytest.fixture(scope="module")
