@@ -1,7 +1,7 @@
 """Where the fused CPU operations of `pixelwise` may run, and what their kernels are given.
 
-They run in C++ (native/pixelwise.cpp) where that could be built and the processor has AVX2 or AVX-512: in float32 and,
-with AVX-512's bfloat16, under its autocast; forward alone in bfloat16. Elsewhere `usable` says no, and the caller
+They run in C++ (native/pixelwise.h) where that could be built and the processor has AVX2 or AVX-512: in float32 and,
+with AVX-512's bfloat16, in that and under its autocast. Elsewhere `usable` says no, and the caller
 computes the same with PyTorch's own operations.
 
 Shapes: B batch, C channels, H height, W width, K channels in, N channels out.
@@ -35,8 +35,6 @@ def usable(x_BCHW: torch.Tensor, norm: nn.Module, *linears: nn.Module, act: nn.M
         return False
     if autocast and (x_BCHW.dtype != torch.float32 or torch.get_autocast_dtype("cpu") != torch.bfloat16):
         return False
-    if x_BCHW.dtype == torch.bfloat16 and torch.is_grad_enabled():  # backward kernels are for float32 maps alone
-        return False
     if act is not None and (type(act) is not GELU or changed(act) or act.approximate != "none"):
         return False
     return usable_norm(norm, x_BCHW.shape[1], x_BCHW.dtype) and all(_plain(m, x_BCHW.dtype, *LINEAR) for m in linears)
@@ -69,14 +67,14 @@ def _plain(module: nn.Module, dtype: torch.dtype, *types: type[nn.Module]) -> bo
 
 
 def _built(pairs: bool) -> bool:
-    return native.offers("pixelwise", "mlp_forward_bf16" if pairs else "mlp_forward_f32")
+    return native.offers(*(("pixelwise_bf16", "mlp_forward_bf16") if pairs else ("pixelwise", "mlp_forward_f32")))
 
 
 def run(name: str, like: Sequence[torch.Tensor], arguments: ctypes.Structure, *sizes: int) -> None:
     """The kernel for a residual stream and weights of these tensors' types."""
     stream, weights = (tensor.dtype for tensor in like)
     suffix = "mixed" if stream != weights else "f32" if stream == torch.float32 else "bf16"
-    native.run("pixelwise", f"{name}_{suffix}", arguments, *sizes)
+    native.run("pixelwise" if suffix == "f32" else "pixelwise_bf16", f"{name}_{suffix}", arguments, *sizes)
 
 
 def pointers(**tensors: torch.Tensor | None) -> dict[str, int | None]:

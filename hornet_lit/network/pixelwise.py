@@ -87,7 +87,8 @@ def _norm_linear_backward(
     weight_NC, x, maps = parameters[0], rows(x_BCHW), [rows(dmap_BCHW) for dmap_BCHW in dmaps]
     threads = int(kept[-1]) if kept.numel() else torch.get_num_threads()
     dx_BCHW, lengths = map_like(x_BCHW, x.shape[-1]), [len(vector) for vector in parameters[1:]]
-    dvectors, dw_NC = x.new_empty(sum(lengths)), torch.empty_like(weight_NC, dtype=torch.float32)
+    dvectors = x.new_empty(sum(lengths), dtype=torch.float32)
+    dw_NC = torch.empty_like(weight_NC, dtype=torch.float32)
     arguments = _linear_arguments(x, parameters, eps, maps[0].shape[-1], maps, kept)
     arguments.dx, arguments.dw, arguments.dvectors = map(pointer, (dx_BCHW, dw_NC, dvectors))
     sizes = x.numel() // x.shape[-1], threads, workers([weight_NC], threads)
@@ -168,7 +169,7 @@ def _norm_mlp_backward(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     (w1_NC, _, w2_CN, b2_C, scale_C, *norm), x, dy = parameters, rows(x_BCHW), rows(dy_BCHW)
     n, c, threads = len(w1_NC), x_BCHW.shape[1], int(hidden[-1])
-    dx_BCHW, dvectors = map_like(x_BCHW, c), x_BCHW.new_empty(n + 3 * c)
+    dx_BCHW, dvectors = map_like(x_BCHW, c), x_BCHW.new_empty(n + 3 * c, dtype=torch.float32)
     dw1_NC, dw2_CN, dscale_C = (torch.empty_like(t, dtype=torch.float32) for t in (w1_NC, w2_CN, scale_C))
     fields = pointers(x=x, w1=w1_NC, w2=w2_CN, b2=b2_C, scale=scale_C, h=hidden, dy=dy)
     fields |= pointers(dx=dx_BCHW, dw1=dw1_NC, dw2=dw2_CN, dvectors=dvectors, dscale=dscale_C)
@@ -275,7 +276,7 @@ def _gates_backward(
     dmaps = [map_like(p_BPHW, t.shape[-1]) for t in (p, *each)]
     dws, order = [torch.empty_like(w, dtype=torch.float32) for w in weights], len(weights)
     biases, norm = [len(b) for b in vectors[:order]], [len(v) for v in vectors[order + 1 :]]
-    dvectors, dscale_C = dy.new_empty(sum(biases + norm)), torch.empty_like(vectors[order])
+    dvectors, dscale_C = dy.new_empty(sum(biases + norm), dtype=torch.float32), torch.empty_like(vectors[order])
     arguments = _gates_arguments(p, each, weights, vectors, eps)
     arguments.dy, arguments.dp, arguments.dgates = pointer(dy), pointer(dmaps[0]), pointer(dmaps[1])
     arguments.dothers = pointer(dmaps[2]) if norm else None

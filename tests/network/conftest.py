@@ -24,7 +24,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names, run = [], native.run
 
     def noted(library: str, name: str, *arguments: Any) -> None:
-        if library == "pixelwise":
+        if library.startswith("pixelwise"):
             names.append(name)
         run(library, name, *arguments)
 

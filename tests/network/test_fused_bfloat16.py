@@ -39,14 +39,19 @@ def autocast(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return forward
 
 
-def gradients(block: nn.Module, x_BCHW: torch.Tensor, patch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
-    """Values and gradients under autocast by the kernels and by the library, and in float64."""
+def gradients(
+    block: nn.Module, x_BCHW: torch.Tensor, patch: pytest.MonkeyPatch, mode: str = "mixed"
+) -> list[list[torch.Tensor]]:
+    """Values and gradients by the kernels and by the library, and in float64."""
+    double, low = copy.deepcopy(block).double(), copy.deepcopy(block).bfloat16()
 
     def computed() -> list[torch.Tensor]:
         block.zero_grad()
+        low.zero_grad()
+        if mode == "bf16":
+            return with_gradients(low, low, x_BCHW.bfloat16())
         return with_gradients(autocast(block), block, x_BCHW)
 
-    double = copy.deepcopy(block).double()
     return [*in_both_ways(computed, patch), with_gradients(double, double, x_BCHW.double())]
 
 
@@ -73,14 +78,16 @@ def test_values_err_no_more_than_the_librarys(
     assert ran == [name.replace("mixed", mode) for name in MIXED]
 
 
+@pytest.mark.parametrize("mode", ["bf16", "mixed"])
 @pytest.mark.parametrize("dim,order,ratio", SIZES)
 def test_gradients_err_no_more_than_the_librarys(
-    dim: int, order: int, ratio: float, ran: list[str], monkeypatch: pytest.MonkeyPatch
+    dim: int, order: int, ratio: float, mode: str, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block, x_BCHW = small_block(dim, order, mlp_ratio=ratio), maps(5, dim, 14, 13)
-    ours, theirs, exact = gradients(block, x_BCHW, monkeypatch)
+    ours, theirs, exact = gradients(block, x_BCHW, monkeypatch, mode)
+    assert [t.dtype for t in ours] == [t.dtype for t in theirs]
     assert error(ours, exact) < min(2e-2, 1.1 * error(theirs, exact))
-    assert ran == MIXED + BACK
+    assert ran == [name.replace("mixed", mode) for name in MIXED + BACK]
 
 
 def test_gradients_of_weights_are_not_rounded() -> None:
@@ -99,23 +106,12 @@ def test_maps_larger_than_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(ours, exact) < min(2e-2, 1.1 * error(theirs, exact))
 
 
-def test_there_is_no_way_back_in_bfloat16_alone(ran: list[str]) -> None:
-    small_block().bfloat16()(maps(3, 20, 7, 5).bfloat16()).sum().backward()
-    assert not ran
-
-
 @pytest.mark.parametrize("mode", ["bf16", "mixed"])
 def test_a_global_filter(mode: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     block, x_BCHW = small_block(**GLOBAL), maps(5, 24, 11, 7)
-    if mode == "mixed":
-        ours, theirs, exact = gradients(block, x_BCHW, monkeypatch)
-    else:
-        exact = [copy.deepcopy(block).double()(x_BCHW.double())]
-        with torch.no_grad():
-            low = copy.deepcopy(block).bfloat16()
-            ours, theirs = in_both_ways(lambda: [low(x_BCHW.bfloat16())], monkeypatch)
+    ours, theirs, exact = gradients(block, x_BCHW, monkeypatch, mode)
     assert error(ours, exact) < min(2e-2, 1.1 * error(theirs, exact))
-    assert ran == (MIXED + BACK if mode == "mixed" else [name.replace("mixed", mode) for name in MIXED])
+    assert ran == [name.replace("mixed", mode) for name in MIXED + BACK]
 
 
 @pytest.mark.parametrize("gamma", [0.5, None])
@@ -156,14 +152,16 @@ def test_a_pixel_does_not_depend_on_its_neighbours_or_the_threads() -> None:
     assert torch.isfinite(block.pwconv1.weight.grad).all()
 
 
-def test_compiled_in_one_graph(ran: list[str]) -> None:
-    block, results = small_block(6, 2), []
+@pytest.mark.parametrize("mode", ["bf16", "mixed"])
+def test_compiled_in_one_graph(mode: str, ran: list[str]) -> None:
+    block, x_BCHW, results = small_block(6, 2), maps(3, 6, 7, 5), []
+    block, x_BCHW = (block.bfloat16(), x_BCHW.bfloat16()) if mode == "bf16" else (block, x_BCHW)
     for f in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
         block.zero_grad()
-        results.append(with_gradients(autocast(f), block, maps(3, 6, 7, 5)))
+        results.append(with_gradients(f if mode == "bf16" else autocast(f), block, x_BCHW))
     for a, b in zip(*results, strict=True):
         assert_near(a, b, 1e-5)
-    assert ran == 2 * (MIXED + BACK)
+    assert ran == 2 * [name.replace("mixed", mode) for name in MIXED + BACK]
 
 
 @pytest.mark.parametrize("options", [{}, GLOBAL])

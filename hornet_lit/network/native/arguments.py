@@ -1,4 +1,4 @@
-"""What the kernels are given: maps as rows of channels, and the structures of pixelwise.cpp and spectrum.cpp, field by
+"""What the kernels are given: maps as rows of channels, and the structures of pixelwise.h and spectrum.cpp, field by
 field.
 
 Shapes: B batch, C channels, H height, W width.

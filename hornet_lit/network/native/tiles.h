@@ -1,4 +1,4 @@
-// Tiles, and what the kernels of pixelwise.cpp do with them.
+// Tiles, and what the kernels of pixelwise.h do with them.
 //
 // Maps are (pixels, channels) rows in memory. A thread takes V vectors of pixels at a time (of 16 with AVX-512, of 8
 // with AVX2), turns them into a tile (channels down, pixels across) and takes it through a whole kernel while it stays

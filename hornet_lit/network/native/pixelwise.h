@@ -1,0 +1,347 @@
+// All of HorNet that stays within a pixel, forward and backward, in three kernels: LayerNorm and a linear layer;
+// gnConv's gated interactions with its output projection; LayerNorm, MLP and residual (HorNet equations 3.1 to 3.4).
+//
+// X is the element of the residual stream (x, y), Dot::Element that of weights and of what gnConv filters; vectors
+// (biases, scales, norms) are always float. What d* point to is written.
+//
+// They are compiled apart for floats (pixelwise.cpp) and for pairs of bfloat16 (pixelwise_bf16.cpp), at the same time.
+//
+// Rows of weights are whole numbers of what a product multiplies (see `whole`); those of their gradients too.
+//
+// M pixels, C channels, K channels in, N channels out, T threads, V vectors of pixels.
+
+#pragma once
+
+#include "sums.h"
+
+#ifdef TILES
+
+namespace {
+
+// out = W·norm(x) + b, its first P channels to p and the rest to q, or from there in the backward kernel. If r is not
+// null the rest goes through a second norm, and its halves to q and r; what it was before is kept in tiles, if not null.
+template <class X, class Element>
+struct Linear {
+    const X* x;
+    int64_t K, N, P;
+    Norm norm;
+    const Element* w;
+    const float* b;
+    Element *p, *q, *r;
+    Norm then;
+    Element* kept;
+    X* dx;
+    float *dw, *dvectors;
+    int64_t rest() const { return N - P; }
+    int64_t half() const { return r ? rest() / 2 : 0; }  // of the channels: those of r
+};
+
+template <class X, class Dot>
+void linear_forward(const Linear<X, typename Dot::Element>& a, int64_t M, int64_t T) {
+    for_tiles(M, T, a.K + a.N, [&](auto size, const Tile& t, Vec* scratch) {
+        constexpr int V = decltype(size)::value;
+        Vec *x = scratch, *out = x + a.K * V, inverse[V];
+        enter<V>(a.x, t, a.K, M, x);
+        standardise<V>(x, a.K, a.norm.eps, inverse);
+        affine<V>(x, a.K, a.norm, x);
+        pack<Dot>(x, a.K, V);
+        product<V, Dot>(a.w, a.N, x, a.K, [&](int64_t n, int v, Vec sum) { out[n * V + v] = sum + a.b[n]; });
+        leave<V>(out, t, a.P, a.p, M);
+        Vec* rest = out + a.P * V;
+        if (a.kept)
+            for (int64_t i = 0; i < a.rest() * V; ++i) store(rest[i], a.kept + t.first * a.rest() + i * kLanes, kLanes);
+        if (a.r) {
+            standardise<V>(rest, a.rest(), a.then.eps, inverse);
+            affine<V>(rest, a.rest(), a.then, rest);
+        }
+        const int64_t first = a.rest() - a.half();
+        leave<V>(rest, t, first, a.q, M);
+        leave<V>(rest + first * V, t, a.half(), a.r, M);
+    });
+}
+
+// Vectors: b, norm.weight, norm.bias; then.weight, then.bias.
+template <class X, class Dot>
+void linear_backward(const Linear<X, typename Dot::Element>& a, int64_t M, int64_t T, int64_t workers) {
+    const int64_t again = a.r ? a.rest() : 0, first = a.rest() - a.half();  // again: channels normed twice
+    Sums<Dot> sums;
+    sums.add(a.N, whole<Dot>(a.K), a.dw);
+    sums.elements = a.N + 2 * a.K + 2 * again, sums.vectors_to = a.dvectors;
+    auto* w = turned_weight<Dot>(a.w, a.N, a.K, T);
+    const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept<Dot>& kept, Vec* lanes) {
+        constexpr int V = decltype(size)::value;
+        Vec *x = scratch, *in = x + a.K * V, *dx = in + a.K * V, *rest = dx + a.K * V, inverse[V];
+        const auto [d, D] = in_place<Dot, V>(kept.d[0], rest + again * V);
+        enter<V>(a.x, t, a.K, M, x);
+        enter<V>(a.p, t, a.P, M, d, D);
+        enter<V>(a.q, t, first, M, d + a.P * D, D);
+        if (a.r) {
+            enter<V>(a.r, t, a.half(), M, d + (a.P + first) * D, D);
+            for (int64_t i = 0; i < again * V; ++i) rest[i] = load(a.kept + t.first * again + i * kLanes, kLanes);
+            standardise<V>(rest, again, a.then.eps, inverse);
+            Vec* vectors = lanes + a.N + 2 * a.K;
+            norm_back<V>(d + a.P * D, rest, inverse, again, a.then, vectors, vectors + again, D);
+        }
+        standardise<V>(x, a.K, a.norm.eps, inverse);
+        affine<V>(x, a.K, a.norm, in);
+        turn<Dot, V>(in, a.K, kept.rows[0]);
+        add_lanes<V>(d, a.N, lanes, D);
+        if (Dot::kDepth > 1) keep<Dot, V>(d, a.N, kept.d[0]);
+        pack<Dot>(d, a.N, V);
+        product<V, Dot>(w, a.K, d, D, a.N, [&](int64_t k, int v, Vec sum) { dx[k * V + v] = sum; });
+        norm_back<V>(dx, x, inverse, a.K, a.norm, lanes + a.N, lanes + a.N + a.K);
+        leave<V>(dx, t, a.K, a.dx, M);
+    };
+    for_tiles_back(M, T, workers, 3 * a.K + a.N + again, sums, run);
+    std::free(w);
+}
+
+// y = x + scale ⊙ (W₂·GELU(h) + b₂), h = W₁·norm(x) + b₁, kept in tiles if not null; y - x if not residual.
+template <class X, class Element>
+struct Mlp {
+    const X* x;
+    int64_t C, N;
+    Norm norm;
+    const Element* w1;
+    const float* b1;
+    const Element* w2;
+    const float *b2, *scale;
+    Element* h;
+    X* y;
+    int64_t residual;
+    const X* dy;
+    X* dx;
+    float *dw1, *dw2, *dvectors, *dscale;
+};
+
+template <class X, class Dot>
+void mlp_forward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T) {
+    const bool past = a.h && past_caches(a.h, M, a.N);
+    for_tiles(M, T, 2 * a.C + a.N, [&](auto size, const Tile& t, Vec* scratch) {
+        constexpr int V = decltype(size)::value;
+        Vec *x = scratch, *y = x + a.C * V, *hidden = y + a.C * V, inverse[V];
+        auto* kept = a.h ? a.h + t.first * a.N : nullptr;
+        enter<V>(a.x, t, a.C, M, y);
+        std::memcpy(x, y, a.C * V * sizeof(Vec));
+        standardise<V>(x, a.C, a.norm.eps, inverse);
+        affine<V>(x, a.C, a.norm, x);
+        pack<Dot>(x, a.C, V);
+        product<V, Dot>(a.w1, a.N, x, a.C, [&](int64_t n, int v, Vec sum) {
+            const Vec h = sum + a.b1[n];
+            if (past) {
+                store_past(h, kept + (n * V + v) * kLanes);
+            } else if (kept) {
+                store(h, kept + (n * V + v) * kLanes, kLanes);
+            }
+            hidden[n * V + v] = h * normal_cdf<Dot>(h);
+        });
+        pack<Dot>(hidden, a.N, V);
+        product<V, Dot>(a.w2, a.C, hidden, a.N, [&](int64_t c, int v, Vec sum) {
+            const Vec branch = (sum + a.b2[c]) * a.scale[c];
+            y[c * V + v] = a.residual ? y[c * V + v] + branch : branch;
+        });
+        leave<V>(y, t, a.C, a.y, M);
+    });
+}
+
+// Vectors: b1, b2, norm.weight, norm.bias.
+template <class X, class Dot>
+void mlp_backward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T, int64_t workers) {
+    Sums<Dot> sums;
+    sums.add(a.N, whole<Dot>(a.C), a.dw1), sums.add(a.N, a.C, a.dw2);
+    sums.elements = a.N + 3 * a.C, sums.vectors_to = a.dvectors;
+    sums.w = a.w2, sums.b = a.b2, sums.scale = a.scale, sums.bias = a.N, sums.dscale = a.dscale;
+    auto *w1 = turned_weight<Dot>(a.w1, a.N, a.C, T), *w2 = turned_weight<Dot>(a.w2, a.C, a.N, T);
+    const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept<Dot>& kept, Vec* lanes) {
+        constexpr int V = decltype(size)::value;
+        Vec *x = scratch, *in = x + a.C * V, *dy = in + a.C * V, *dx = dy + a.C * V, *next = dx + a.C * V, inverse[V];
+        const auto [dh, D] = in_place<Dot, V>(kept.d[0], next);
+        const auto* kept_h = a.h + t.first * a.N;  // at any address: hooks may have moved what was kept
+        enter<V>(a.dy, t, a.C, M, dy);
+        turn<Dot, V>(dy, a.C, kept.rows[1]);
+        scaled<V>(dy, a.C, a.scale, dx);
+        pack<Dot>(dx, a.C, V);
+        product<V, Dot>(w2, a.N, dx, a.C, [&](int64_t n, int v, Vec sum) {
+            const Vec h = load(kept_h + (n * V + v) * kLanes, kLanes);
+            const Vec d = sum * gelu_slope<Dot>(h);
+            store(h * normal_cdf<Dot>(h), kept.d[1] + (n * kWidth + v) * kLanes, kLanes);
+            dh[n * D + v] = d;
+            lanes[n] += d;
+        });
+        enter<V>(a.x, t, a.C, M, x);
+        standardise<V>(x, a.C, a.norm.eps, inverse);
+        affine<V>(x, a.C, a.norm, in);
+        turn<Dot, V>(in, a.C, kept.rows[0]);
+        add_lanes<V>(dy, a.C, lanes + a.N);
+        if (Dot::kDepth > 1) keep<Dot, V>(dh, a.N, kept.d[0]);
+        pack<Dot>(dh, a.N, V);
+        product<V, Dot>(w1, a.C, dh, D, a.N, [&](int64_t c, int v, Vec sum) { dx[c * V + v] = sum; });
+        norm_back<V>(dx, x, inverse, a.C, a.norm, lanes + a.N + a.C, lanes + a.N + 2 * a.C);
+        if (a.residual)
+            for (int64_t i = 0; i < a.C * V; ++i) dx[i] += dy[i];
+        leave<V>(dx, t, a.C, a.dx, M);
+    };
+    for_tiles_back(M, T, workers, 4 * a.C + a.N, sums, run);
+    std::free(w1);
+    std::free(w2);
+}
+
+// z₀ = p ⊙ g₀, z_{k+1} = (W_k·z_k + b_k) ⊙ g_{k+1}; y = x + scale ⊙ (W·z + b), the last w and b; y - x if no x.
+// If `others` is not null, all g lie as they alternate in `gates` and there, and go through a norm first.
+template <class X, class Element>
+struct Gates {
+    const Element *p, *gates, *others;
+    Norm norm;
+    int64_t C, order, first;  // first: width of p
+    const Element* w[kMaxOrder];
+    const float *b[kMaxOrder], *scale;
+    const X* x;
+    X* y;
+    const X* dy;
+    Element *dp, *dgates, *dothers;
+    float *dw[kMaxOrder], *dvectors, *dscale;
+    int64_t filtered() const { return 2 * C - first; }
+    int64_t maps() const { return others ? 2 : 1; }
+};
+
+// All g of a tile's pixels: as they are read, and times the norm's vectors in `g`, if there is a norm.
+template <int V, class X, class Element>
+void enter_gates(const Gates<X, Element>& a, const Tile& t, int64_t M, Vec* x, Vec* inverse, Vec* g) {
+    const int64_t Q = a.filtered(), each = Q / a.maps();
+    enter<V>(a.gates, t, each, M, x, a.maps() * V);
+    if (!a.others) return;
+    enter<V>(a.others, t, each, M, x + V, 2 * V);
+    standardise<V>(x, Q, a.norm.eps, inverse);
+    affine<V>(x, Q, a.norm, g);
+}
+
+template <class X, class Dot>
+void gates_forward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t T) {
+    for_tiles(M, T, a.first + a.filtered() + a.C, [&](auto size, const Tile& t, Vec* scratch) {
+        constexpr int V = decltype(size)::value;
+        Vec *p = scratch, *z = p + a.first * V, *y = z + a.filtered() * V, inverse[V];
+        enter<V>(a.p, t, a.first, M, p);
+        enter_gates<V>(a, t, M, z, inverse, z);
+        for (int64_t i = 0; i < a.first * V; ++i) z[i] *= p[i];
+        pack<Dot>(z, a.first, V);
+        int64_t k = 0;
+        for (int64_t width = a.first; k + 1 < a.order; ++k, width *= 2) {
+            Vec* next = z + width * V;
+            const float* b = a.b[k];
+            const auto gate = [&](int64_t n, int v, Vec sum) { next[n * V + v] *= sum + b[n]; };
+            product<V, Dot>(a.w[k], 2 * width, z, width, gate);
+            pack<Dot>(next, 2 * width, V);
+            z = next;
+        }
+        const float* b = a.b[k];
+        if (a.x) enter<V>(a.x, t, a.C, M, y);
+        product<V, Dot>(a.w[k], a.C, z, a.C, [&](int64_t c, int v, Vec sum) {
+            const Vec branch = (sum + b[c]) * a.scale[c];
+            y[c * V + v] = a.x ? y[c * V + v] + branch : branch;
+        });
+        leave<V>(y, t, a.C, a.y, M);
+    });
+}
+
+// Interactions are computed again. Vectors: all b; norm.weight, norm.bias.
+template <class X, class Dot>
+void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t T, int64_t workers) {
+    const int64_t Q = a.filtered(), last = a.order - 1;
+    Sums<Dot> sums;
+    typename Dot::Element* turned[kMaxOrder];
+    for (int64_t k = 0, width = a.first; k < a.order; ++k, width *= 2) {
+        const int64_t out = k < last ? 2 * width : a.C, in = k < last ? width : a.C;
+        sums.add(out, k < last ? whole<Dot>(in) : in, a.dw[k]);
+        turned[k] = turned_weight<Dot>(a.w[k], out, in, T);
+    }
+    const int64_t biases = 3 * a.C - 2 * a.first, normed = a.others ? Q : 0;
+    sums.elements = biases + 2 * normed, sums.vectors_to = a.dvectors;
+    sums.w = a.w[last], sums.b = a.b[last], sums.scale = a.scale;
+    sums.bias = 2 * (a.C - a.first), sums.dscale = a.dscale;
+    const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept<Dot>& kept, Vec* lanes) {
+        constexpr int V = decltype(size)::value;
+        // Of z, of the gates g, and of the products u that they multiply, order k begins where its width - first is.
+        Vec *p = scratch, *z = p + a.first * V, *g = z + Q * V, *u = g + Q * V, *dy = u + Q * V;
+        Vec *dz = dy + a.C * V, *other = dz + a.C * V, *x = a.others ? other + a.C * V : g, inverse[V];
+        enter<V>(a.p, t, a.first, M, p);
+        enter_gates<V>(a, t, M, x, inverse, g);
+        for (int64_t i = 0; i < a.first * V; ++i) z[i] = p[i] * g[i];
+        int64_t width = a.first;
+        for (int64_t k = 0; k < last; ++k, width *= 2) {
+            const int64_t next = 2 * width - a.first;
+            const float* b = a.b[k];
+            Vec* from = z + (width - a.first) * V;
+            turn<Dot, V>(from, width, kept.rows[k]);
+            pack<Dot>(from, width, V);
+            product<V, Dot>(a.w[k], 2 * width, from, width, [&](int64_t n, int v, Vec sum) {
+                const int64_t i = (next + n) * V + v;
+                u[i] = sum + b[n], z[i] = u[i] * g[i];
+            });
+        }
+        enter<V>(a.dy, t, a.C, M, dy);
+        turn<Dot, V>(dy, a.C, kept.rows[last]);
+        keep<Dot, V>(z + (a.C - a.first) * V, a.C, kept.d[last]);
+        Vec *norm_lanes = lanes + biases;
+        lanes += 2 * (a.C - a.first);
+        add_lanes<V>(dy, a.C, lanes);
+        scaled<V>(dy, a.C, a.scale, other);
+        pack<Dot>(other, a.C, V);
+        product<V, Dot>(turned[last], a.C, other, a.C, [&](int64_t c, int v, Vec sum) { dz[c * V + v] = sum; });
+        for (int64_t k = last - 1; k >= 0; --k) {
+            width /= 2;
+            const int64_t next = (2 * width - a.first) * V;
+            const auto [du, D] = in_place<Dot, V>(kept.d[k], other);
+            for (int64_t n = 0; n < 2 * width; ++n)
+                for (int64_t v = 0; v < V; ++v) {
+                    const int64_t i = n * V + v;
+                    du[n * D + v] = dz[i] * g[next + i];
+                    g[next + i] = dz[i] * u[next + i];
+                }
+            lanes -= 2 * width;
+            add_lanes<V>(du, 2 * width, lanes, D);
+            if (Dot::kDepth > 1) keep<Dot, V>(du, 2 * width, kept.d[k]);
+            pack<Dot>(du, 2 * width, V);
+            const auto to_dz = [&](int64_t n, int v, Vec sum) { dz[n * V + v] = sum; };
+            product<V, Dot>(turned[k], width, du, D, 2 * width, to_dz);
+        }
+        for (int64_t i = 0; i < a.first * V; ++i) {
+            const Vec gate = g[i];
+            g[i] = dz[i] * p[i];
+            dz[i] *= gate;
+        }
+        leave<V>(dz, t, a.first, a.dp, M);
+        if (a.others) {
+            norm_back<V>(g, x, inverse, Q, a.norm, norm_lanes, norm_lanes + Q);
+            leave<V>(g + V, t, Q / 2, a.dothers, M, 2 * V);
+        }
+        leave<V>(g, t, Q / a.maps(), a.dgates, M, a.maps() * V);
+    };
+    for_tiles_back(M, T, workers, a.first + 3 * Q + 3 * a.C + normed, sums, run);
+    for (int64_t k = 0; k < a.order; ++k) std::free(turned[k]);
+}
+
+}  // namespace
+
+#define FORWARD(type, X, Dot)                                                                            \
+    void linear_forward_##type(const void* a, int64_t M, int64_t T) {                                    \
+        linear_forward<X, Dot>(*static_cast<const Linear<X, Dot::Element>*>(a), M, T);                   \
+    }                                                                                                    \
+    void mlp_forward_##type(const void* a, int64_t M, int64_t T) {                                       \
+        mlp_forward<X, Dot>(*static_cast<const Mlp<X, Dot::Element>*>(a), M, T);                         \
+    }                                                                                                    \
+    void gates_forward_##type(const void* a, int64_t M, int64_t T) {                                     \
+        gates_forward<X, Dot>(*static_cast<const Gates<X, Dot::Element>*>(a), M, T);                     \
+    }
+
+#define BACKWARD(type, X, Dot)                                                                           \
+    void linear_backward_##type(const void* a, int64_t M, int64_t T, int64_t workers) {                  \
+        linear_backward<X, Dot>(*static_cast<const Linear<X, Dot::Element>*>(a), M, T, workers);         \
+    }                                                                                                    \
+    void mlp_backward_##type(const void* a, int64_t M, int64_t T, int64_t workers) {                     \
+        mlp_backward<X, Dot>(*static_cast<const Mlp<X, Dot::Element>*>(a), M, T, workers);               \
+    }                                                                                                    \
+    void gates_backward_##type(const void* a, int64_t M, int64_t T, int64_t workers) {                   \
+        gates_backward<X, Dot>(*static_cast<const Gates<X, Dot::Element>*>(a), M, T, workers);           \
+    }
+
+#endif
