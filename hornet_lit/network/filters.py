@@ -4,6 +4,9 @@ A filter factory is called as ``filter(channels, size=(H, W))`` and gives a modu
 shape, channel by channel. The 1/α of the paper's equation (3.3) lives in the filter, because each filter can fold it
 into a tensor as small as its parameters, where the published code pays a pass over the whole activation.
 
+A filter that begins and ends with a norm may leave both to gnConv's fused operations: its class has two more methods,
+``fusible_norms`` and ``filtered``, as `GlobalLocalFilter` does.
+
 Shapes: B batch, C channels, H height, W width.
 """
 
@@ -91,7 +94,7 @@ class GlobalLocalFilter(nn.Module):
         local_BCHW = depthwise_conv2d(local_BCHW, self.dw.weight, None)
         return local_BCHW, filter_spectrum(global_BCHW, self.complex_weight).to(local_BCHW.dtype)
 
-    def norms(self, channels: int, dtype: torch.dtype) -> tuple[LayerNorm2d, LayerNorm2d, float] | None:
+    def fusible_norms(self, channels: int, dtype: torch.dtype) -> tuple[LayerNorm2d, LayerNorm2d, float] | None:
         """Both norms, and the factor upon the second, for a caller who fuses them with its own operations and calls
         `filtered` between them; None if that would not be `forward`."""
         if type(self).forward is not GlobalLocalFilter.forward or changed(self):

@@ -22,6 +22,7 @@ from hornet_lit.network.layers import GELU, ChannelLinear, changed, observed
 from hornet_lit.network.native.arguments import pointer
 
 MOST_BYTES = 2**30  # for all threads' sums in a backward kernel: few threads for wide layers on large machines
+LEAST_EPSILON = 2.0**-126  # the kernels' is a float
 LINEAR = (nn.Conv2d, ChannelLinear)
 
 
@@ -42,7 +43,9 @@ def usable(x_BCHW: torch.Tensor, norm: nn.Module, *linears: nn.Module, act: nn.M
 
 def usable_norm(norm: nn.Module, channels: int, dtype: torch.dtype) -> bool:
     """Whether a fused operation may compute this norm of that many channels, where it may run at all."""
-    if not _plain(norm, dtype, LayerNorm2d) or norm.eps <= 0:  # without, a tile's missing pixels, all 0, spoil sums
+    if not _plain(norm, dtype, LayerNorm2d):
+        return False
+    if norm.eps < LEAST_EPSILON:  # a tile's missing pixels, all 0, would spoil the sums of gradients
         return False
     return len(norm.weight) == channels  # else the library's own error is the clearest
 
@@ -54,8 +57,8 @@ def promoted(x_BCHW: torch.Tensor, scale_C: torch.Tensor | None) -> torch.Tensor
     return x_BCHW.float() if mixed and scale_C is not None and scale_C.dtype == torch.float32 else x_BCHW
 
 
-def _plain(module: nn.Module, dtype: torch.dtype, *types: type[nn.Module]) -> bool:
-    if type(module) not in types or changed(module):
+def _plain(module: nn.Module, dtype: torch.dtype, *kinds: type[nn.Module]) -> bool:
+    if type(module) not in kinds or changed(module):
         return False
     if isinstance(module, nn.Conv2d):
         size = module.kernel_size, module.stride, module.padding, module.groups
@@ -63,14 +66,16 @@ def _plain(module: nn.Module, dtype: torch.dtype, *types: type[nn.Module]) -> bo
             return False
     if module.bias is None or module.bias.shape != module.weight.shape[:1]:
         return False
-    return all(type(p) in (torch.Tensor, nn.Parameter) and p.dtype == dtype for p in (module.weight, module.bias))
+    types = torch.Tensor, nn.Parameter
+    return all(type(p) in types and p.dtype == dtype and p.device.type == "cpu" for p in (module.weight, module.bias))
 
 
 def _built(pairs: bool) -> bool:
-    return native.offers(*(("pixelwise_bf16", "mlp_forward_bf16") if pairs else ("pixelwise", "mlp_forward_f32")))
+    floats = native.offers("pixelwise", "mlp_forward_f32")
+    return floats and (not pairs or native.offers("pixelwise_bf16", "mlp_forward_bf16"))
 
 
-def run(name: str, like: Sequence[torch.Tensor], arguments: ctypes.Structure, *sizes: int) -> None:
+def run_typed(name: str, like: Sequence[torch.Tensor], arguments: ctypes.Structure, *sizes: int) -> None:
     """The kernel for a residual stream and weights of these tensors' types."""
     stream, weights = (tensor.dtype for tensor in like)
     suffix = "mixed" if stream != weights else "f32" if stream == torch.float32 else "bf16"
@@ -128,14 +133,14 @@ def workers(weights: Sequence[torch.Tensor], threads: int) -> int:
     return max(1, min(threads, MOST_BYTES // each))
 
 
-def room_for_tiles(x_BCHW: torch.Tensor, channels: int, dtype: torch.dtype, keep: bool) -> torch.Tensor:
-    """Room for what a kernel keeps of ``channels`` for its way back, in the kernel's own order, which depends on the
-    number of threads: that is the last element. Empty unless ``keep``."""
+def room_for_tiles(x_BCHW: torch.Tensor, channels: int, dtype: torch.dtype, keep: bool) -> list[torch.Tensor]:
+    """Room for what a kernel keeps of ``channels`` for its way back, in the kernel's own order, and for the number of
+    threads, on which that order depends. Both are empty unless ``keep``."""
     b, _, h, w = x_BCHW.shape
     lanes = native.lanes("pixelwise")
     elements = (b * h * w + lanes - 1) // lanes * lanes * channels
-    floats = elements * dtype.itemsize // 4 + 1 if keep else 0
-    return x_BCHW.new_empty(floats, dtype=torch.float32)
+    sizes = (elements, dtype), (1, torch.int64)
+    return [x_BCHW.new_empty(size if keep else 0, dtype=kind) for size, kind in sizes]
 
 
 def needed(*tensors: torch.Tensor) -> bool:

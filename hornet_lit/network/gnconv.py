@@ -74,8 +74,10 @@ class GnConv(Recomputing):
             return None
         if not usable(x_BCHW, norm, self.proj_in, *linears):
             return None
-        norms = self.dwconv.norms(sum(self.widths), x_BCHW.dtype) if hasattr(self.dwconv, "norms") else None
-        if norms is None:
+        # Of the class: what wraps a filter may hand on its attributes, and yet is not that filter.
+        fusible = getattr(type(self.dwconv), "fusible_norms", None)
+        norms = fusible and fusible(self.dwconv, sum(self.widths), x_BCHW.dtype)
+        if not norms:
             p_BCHW, q_BQHW = norm_linear(x_BCHW, norm, self.proj_in, self.widths[0])
             return gated(x_BCHW, p_BCHW, [self.dwconv(q_BQHW)], linears, scale_C, residual=residual)
         before, after, factor = norms

@@ -81,9 +81,9 @@ class Block(Recomputing):
 
     def _fused_mixer(self, x_BCHW: torch.Tensor, residual: bool) -> torch.Tensor | None:
         """γ₁·mixer(LN(x)), plus x if ``residual``, by a mixer that has a way of its own to compute that."""
-        if not hasattr(self.gnconv, "normed"):
-            return None
-        return self.gnconv.normed(x_BCHW, self.norm1, self.gamma1, residual=residual)
+        # Of the class: what wraps a mixer may hand on its attributes, and yet is not that mixer.
+        normed = getattr(type(self.gnconv), "normed", None)
+        return normed and normed(self.gnconv, x_BCHW, self.norm1, self.gamma1, residual=residual)
 
     def _fused_mlp(self, x_BCHW: torch.Tensor, residual: bool) -> torch.Tensor | None:
         if not usable(x_BCHW, self.norm2, self.pwconv1, self.pwconv2, act=self.act):
@@ -236,7 +236,7 @@ class HorNet(nn.Module):
         """Compute what is cheap (gates, GELU, a norm) again in the backward pass: half of the memory (BENCHMARKS.md).
 
         Without it steps are faster where memory is no concern. No effect under torch.compile, which decides by itself,
-        and where the fused CPU operations run, which keep as little in any case (see `fused`).
+        and where the fused CPU operations run, which keep as little in any case (see `pixelwise`).
         """
         self.recompute = enable
         for i, stage in enumerate(self.stages):

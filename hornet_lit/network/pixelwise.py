@@ -21,7 +21,7 @@ from hornet_lit.network.fused import (
     pointers,
     raised,
     room_for_tiles,
-    run,
+    run_typed,
     vector,
     weights_type,
     workers,
@@ -35,12 +35,13 @@ from hornet_lit.network.native.arguments import Gates, Linear, Mlp, Norm, Pointe
 @torch.library.custom_op("hornet_lit::norm_linear", mutates_args=())
 def _norm_linear(
     x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], eps: Sequence[float], first: int, keep: bool
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     maps, kept = _linear_outputs(x_BCHW, parameters, first, keep)
     x, threads = rows(x_BCHW), torch.get_num_threads()
+    kept[1].fill_(threads)
     arguments = _linear_arguments(x, parameters, eps, first, maps, kept)
-    arguments.b, kept[-1:] = pointer(parameters[1]), threads
-    run("linear_forward", (x, maps[0]), arguments, x.numel() // x.shape[-1], threads)
+    arguments.b = pointer(parameters[1])
+    run_typed("linear_forward", (x, maps[0]), arguments, x.numel() // x.shape[-1], threads)
     return maps, kept
 
 
@@ -51,7 +52,7 @@ def _(x_BCHW, parameters, eps, first, keep):  # type: ignore[no-untyped-def]
 
 def _linear_outputs(
     x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], first: int, keep: bool
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     weight_NC, twice = parameters[0], len(parameters) > 4
     rest = len(weight_NC) - first
     widths = [first, rest - rest // 2, rest // 2] if twice else [first, rest]
@@ -65,14 +66,14 @@ def _linear_arguments(
     eps: Sequence[float],
     first: int,
     maps: Sequence[torch.Tensor],
-    kept: torch.Tensor,
+    kept: Sequence[torch.Tensor],
 ) -> Linear:
     (weight_NC, _, *norms), (p, q, *r) = parameters, maps
     arguments = Linear(K=x.shape[-1], N=len(weight_NC), P=first, **pointers(x=x, w=weight_NC, p=p, q=q))
     arguments.norm = Norm(*map(pointer, norms[:2]), eps[0])
     if r:
         arguments.r, arguments.then = pointer(r[0]), Norm(*map(pointer, norms[2:]), eps[1])
-        arguments.kept = pointer(kept) if kept.numel() else None
+        arguments.kept = pointer(kept[0])  # null if empty
     return arguments
 
 
@@ -80,19 +81,19 @@ def _linear_arguments(
 def _norm_linear_backward(
     dmaps: Sequence[torch.Tensor],
     x_BCHW: torch.Tensor,
-    kept: torch.Tensor,
+    kept: Sequence[torch.Tensor],
     parameters: Sequence[torch.Tensor],
     eps: Sequence[float],
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     weight_NC, x, maps = parameters[0], rows(x_BCHW), [rows(dmap_BCHW) for dmap_BCHW in dmaps]
-    threads = int(kept[-1]) if kept.numel() else torch.get_num_threads()
+    threads = int(kept[1]) if kept[1].numel() else torch.get_num_threads()
     dx_BCHW, lengths = map_like(x_BCHW, x.shape[-1]), [len(vector) for vector in parameters[1:]]
     dvectors = x.new_empty(sum(lengths), dtype=torch.float32)
     dw_NC = torch.empty_like(weight_NC, dtype=torch.float32)
     arguments = _linear_arguments(x, parameters, eps, maps[0].shape[-1], maps, kept)
     arguments.dx, arguments.dw, arguments.dvectors = map(pointer, (dx_BCHW, dw_NC, dvectors))
     sizes = x.numel() // x.shape[-1], threads, workers([weight_NC], threads)
-    run("linear_backward", (x, weight_NC), arguments, *sizes)
+    run_typed("linear_backward", (x, weight_NC), arguments, *sizes)
     return dx_BCHW, [dw_NC, *(v.clone() for v in dvectors.split(lengths))]
 
 
@@ -107,14 +108,14 @@ class _NormLinear(torch.autograd.Function):
         ctx.eps, ctx.columns = eps, [p.shape[-1] for p in parameters]
         parameters = [lowered(p, dtype) for p in parameters]
         maps, kept = _norm_linear(x_BCHW, parameters, eps, first, True)
-        ctx.save_for_backward(x_BCHW, kept, *parameters)
+        ctx.save_for_backward(x_BCHW, *kept, *parameters)
         return tuple(maps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dmaps):  # type: ignore[no-untyped-def]
-        x_BCHW, kept, *parameters = ctx.saved_tensors
-        dx_BCHW, dparameters = _norm_linear_backward(dmaps, x_BCHW, kept, parameters, ctx.eps)
+        x_BCHW, tiles, threads, *parameters = ctx.saved_tensors
+        dx_BCHW, dparameters = _norm_linear_backward(dmaps, x_BCHW, [tiles, threads], parameters, ctx.eps)
         return dx_BCHW, None, None, None, *raised(dparameters, ctx.columns)
 
 
@@ -127,6 +128,8 @@ def norm_linear(
     and the rest before that norm.
     """
     norms = (norm,) if then is None else (norm, then)
+    if then is not None and len(then.weight) != len(linear.weight) - first:
+        raise ValueError(f"{linear} gives {len(linear.weight) - first} channels to a norm of {len(then.weight)}")
     vectors = [linear.bias, *(v for n in norms for v in (n.weight, n.bias))]
     weight_NC, dtype = fitting_weight(linear, (len(linear.weight), x_BCHW.shape[1])), weights_type(x_BCHW)
     parameters, eps = [weight_NC, *map(vector, vectors)], [n.eps for n in norms]
@@ -141,14 +144,14 @@ def norm_linear(
 @torch.library.custom_op("hornet_lit::norm_mlp", mutates_args=())
 def _norm_mlp(
     x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], eps: float, residual: bool, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     (w1_NC, b1_N, w2_CN, b2_C, scale_C, *norm), x, threads = parameters, rows(x_BCHW), torch.get_num_threads()
     n, c = len(w1_NC), x_BCHW.shape[1]
     y_BCHW, hidden = map_like(x_BCHW, c), room_for_tiles(x_BCHW, n, w1_NC.dtype, keep)
-    hidden[-1:] = threads
-    fields = pointers(x=x, w1=w1_NC, b1=b1_N, w2=w2_CN, b2=b2_C, scale=scale_C, y=y_BCHW, h=hidden if keep else None)
+    hidden[1].fill_(threads)
+    fields = pointers(x=x, w1=w1_NC, b1=b1_N, w2=w2_CN, b2=b2_C, scale=scale_C, y=y_BCHW, h=hidden[0])
     arguments = Mlp(C=c, N=n, residual=residual, norm=Norm(*map(pointer, norm), eps), **fields)
-    run("mlp_forward", (x, w1_NC), arguments, x.numel() // c, threads)
+    run_typed("mlp_forward", (x, w1_NC), arguments, x.numel() // c, threads)
     return y_BCHW, hidden
 
 
@@ -162,19 +165,19 @@ def _(x_BCHW, parameters, eps, residual, keep):  # type: ignore[no-untyped-def]
 def _norm_mlp_backward(
     dy_BCHW: torch.Tensor,
     x_BCHW: torch.Tensor,
-    hidden: torch.Tensor,
+    hidden: Sequence[torch.Tensor],
     parameters: Sequence[torch.Tensor],
     eps: float,
     residual: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     (w1_NC, _, w2_CN, b2_C, scale_C, *norm), x, dy = parameters, rows(x_BCHW), rows(dy_BCHW)
-    n, c, threads = len(w1_NC), x_BCHW.shape[1], int(hidden[-1])
+    n, c, threads = len(w1_NC), x_BCHW.shape[1], int(hidden[1])
     dx_BCHW, dvectors = map_like(x_BCHW, c), x_BCHW.new_empty(n + 3 * c, dtype=torch.float32)
     dw1_NC, dw2_CN, dscale_C = (torch.empty_like(t, dtype=torch.float32) for t in (w1_NC, w2_CN, scale_C))
-    fields = pointers(x=x, w1=w1_NC, w2=w2_CN, b2=b2_C, scale=scale_C, h=hidden, dy=dy)
+    fields = pointers(x=x, w1=w1_NC, w2=w2_CN, b2=b2_C, scale=scale_C, h=hidden[0], dy=dy)
     fields |= pointers(dx=dx_BCHW, dw1=dw1_NC, dw2=dw2_CN, dvectors=dvectors, dscale=dscale_C)
     arguments = Mlp(C=c, N=n, residual=residual, norm=Norm(*map(pointer, norm), eps), **fields)
-    run("mlp_backward", (x, w1_NC), arguments, x.numel() // c, threads, workers([w1_NC, w2_CN], threads))
+    run_typed("mlp_backward", (x, w1_NC), arguments, x.numel() // c, threads, workers([w1_NC, w2_CN], threads))
     db1_N, db2_C, *dnorm = (v.clone() for v in dvectors.split([n, c, c, c]))
     return dx_BCHW, [dw1_NC, db1_N, dw2_CN, db2_C, dscale_C, *dnorm]
 
@@ -190,13 +193,14 @@ class _NormMlp(torch.autograd.Function):
         ctx.eps, ctx.residual, ctx.columns = eps, residual, [p.shape[-1] for p in parameters]
         parameters = [lowered(p, dtype) for p in parameters]
         y_BCHW, hidden = _norm_mlp(x_BCHW, parameters, eps, residual, True)
-        ctx.save_for_backward(x_BCHW, hidden, *parameters)
+        ctx.save_for_backward(x_BCHW, *hidden, *parameters)
         return y_BCHW
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BCHW):  # type: ignore[no-untyped-def]
-        x_BCHW, hidden, *parameters = ctx.saved_tensors
+        x_BCHW, tiles, threads, *parameters = ctx.saved_tensors
+        hidden = tiles, threads
         dx_BCHW, dparameters = _norm_mlp_backward(dy_BCHW, x_BCHW, hidden, parameters, ctx.eps, ctx.residual)
         return dx_BCHW, None, None, None, *raised(dparameters, ctx.columns)
 
@@ -238,7 +242,7 @@ def _gates(
     y_BCHW = map_like(p_BPHW, len(weights[-1]), dtype)
     arguments = _gates_arguments(p, each, weights, vectors, eps)
     arguments.x, arguments.y = pointer(x), pointer(y_BCHW)
-    run("gates_forward", (y_BCHW, p), arguments, p.numel() // p.shape[-1], torch.get_num_threads())
+    run_typed("gates_forward", (y_BCHW, p), arguments, p.numel() // p.shape[-1], torch.get_num_threads())
     return y_BCHW
 
 
@@ -282,7 +286,7 @@ def _gates_backward(
     arguments.dothers = pointer(dmaps[2]) if norm else None
     arguments.dw = Pointers(*map(pointer, dws))
     arguments.dvectors, arguments.dscale = pointer(dvectors), pointer(dscale_C)
-    run("gates_backward", (dy, p), arguments, p.numel() // p.shape[-1], threads, workers(weights, threads))
+    run_typed("gates_backward", (dy, p), arguments, p.numel() // p.shape[-1], threads, workers(weights, threads))
     each_vector = [v.clone() for v in dvectors.split(biases + norm)]
     each_vector.insert(order, dscale_C)
     return dmaps, dws, each_vector
@@ -341,6 +345,8 @@ def gated(
     for gate in gates:
         if gate.shape != expected:
             raise ValueError(f"a filter must keep its map's shape {expected}, this one gave {tuple(gate.shape)}")
+    if norm is not None and len(norm.weight) != len(gates) * expected[1]:
+        raise ValueError(f"{len(gates) * expected[1]} channels do not fit a norm of {len(norm.weight)}")
     widths = [p_BPHW.shape[1] << k for k in range(len(linears))]
     sizes = [*zip(widths[1:], widths[:-1], strict=True), (x_BCHW.shape[1], widths[-1])]
     weights = [fitting_weight(m, size) for m, size in zip(linears, sizes, strict=True)]

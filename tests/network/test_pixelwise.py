@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from hornet_lit.network import fused, pixelwise
 from hornet_lit.network.layers import ChannelLinear
 from hornet_lit.network.pixelwise import gated, norm_linear, norm_mlp
 from tests.network.conftest import assert_near, global_mixer, maps, needs_kernels, shaken, small_block, with_gradients
@@ -27,6 +28,7 @@ LAYOUTS = {
 }
 # As `mean` and `sum` give them; the same for all pixels, so only for gradients.
 GRADIENT_LAYOUTS = LAYOUTS | {"expanded": lambda t: t.mean((0, 3), keepdim=True).expand(t.shape)}
+GLOBAL = {"dim": 24, "mixer": global_mixer(3), "size": (11, 7)}
 SIZES = [(1, 1, 1), (3, 3, 5), (1, 4, 4), (3, 13, 17)]  # batch, height, width; the last: several groups of tiles each
 
 in_all_layouts = pytest.mark.parametrize("layout", GRADIENT_LAYOUTS)
@@ -80,7 +82,8 @@ def test_norm_linear_and_a_second_norm(channels: int, first: int, size: tuple[in
         return function
 
     torch.manual_seed(0)
-    modules = LayerNorm2d(channels), nn.Conv2d(channels, 2 * channels, 1), LayerNorm2d(2 * channels - first)
+    norms = LayerNorm2d(channels, eps=0.3), LayerNorm2d(2 * channels - first, eps=1.7)
+    modules = norms[0], nn.Conv2d(channels, 2 * channels, 1), norms[1]
     assert_same(
         lambda m: lambda x: norm_linear(x, m[0], m[1], first, then=m[2]),
         plain,
@@ -161,7 +164,7 @@ def test_gated_after_a_norm(channels: int, residual: bool, size: tuple[int, ...]
 
     torch.manual_seed(0)
     p_like = maps(size[0], channels, *size[1:])  # stands for x where there is no residual
-    layers = nn.Conv2d(widths[0], channels, 1), nn.Conv2d(channels, channels, 1), LayerNorm2d(filtered)
+    layers = nn.Conv2d(widths[0], channels, 1), nn.Conv2d(channels, channels, 1), LayerNorm2d(filtered, eps=1.7)
     all_widths = (widths[0], filtered // 2, filtered // 2, channels)[: 3 + residual]
     inputs = [maps(size[0], width, *size[1:], seed=seed) for seed, width in enumerate(all_widths)]
     assert_same(fused, plain, shaken(Scaled(layers, channels)), inputs, layout)
@@ -197,17 +200,19 @@ def test_norms_are_as_exact_as_the_librarys(channels: int, mean: float) -> None:
 
 
 def test_a_pixels_values_depend_on_no_other_and_not_on_threads() -> None:
-    block, x_BCHW = small_block(order=2), maps(3, 20, 7, 5)
+    block, between, x_BCHW = small_block(order=2), shaken(LayerNorm2d(30)), maps(3, 20, 7, 5)
     bad_BCHW, good = x_BCHW.clone(), torch.ones(3, 20, 7, 5, dtype=torch.bool)
     bad_BCHW[1, :, 2, 2], good[1, :, 1:4, 1:4] = math.nan, False  # the filter is 3×3
 
-    def computed(
-        x_BCHW: torch.Tensor,
-    ) -> list[torch.Tensor]:  # values and gradient, with a filter that is exact as well
+    def computed(x_BCHW: torch.Tensor) -> list[torch.Tensor]:
+        """Values and gradient, with filters that are exact as well."""
         norm, mixer = block.norm1, block.gnconv
         leaf = x_BCHW.detach().requires_grad_()
+        linears, options = [*mixer.pws, mixer.proj_out], {"residual": True}
         p_BPHW, q_BQHW = norm_linear(leaf, norm, mixer.proj_in, mixer.widths[0])
-        y_BCHW = gated(leaf, p_BPHW, [q_BQHW], [*mixer.pws, mixer.proj_out], block.gamma1, residual=True)
+        y_BCHW = gated(leaf, p_BPHW, [q_BQHW], linears, block.gamma1, **options)
+        p_BPHW, *halves = norm_linear(y_BCHW, norm, mixer.proj_in, mixer.widths[0], then=between)
+        y_BCHW = gated(y_BCHW, p_BPHW, halves, linears, block.gamma1, norm=between, **options)
         z_BCHW = norm_mlp(y_BCHW, block.norm2, block.pwconv1, block.pwconv2, block.gamma2, residual=True)
         z_BCHW.square().sum().backward()
         return [z_BCHW.detach(), leaf.grad]
@@ -223,8 +228,10 @@ def test_a_pixels_values_depend_on_no_other_and_not_on_threads() -> None:
 
 @pytest.mark.parametrize("forward,backward", [(1, 1), (2, 2), (3, 3), (1, 2), (3, 1)])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_gradients_hardly_depend_on_threads(forward: int, backward: int, checkpointed: bool) -> None:
-    x_BCHW, block = maps(3, 20, 11, 7), small_block()
+@pytest.mark.parametrize("options", [{}, GLOBAL])
+def test_gradients_hardly_depend_on_threads(forward: int, backward: int, checkpointed: bool, options: dict) -> None:
+    block = small_block(**options)
+    x_BCHW = maps(3, block.norm1.weight.numel(), 11, 7)
     exact = copy.deepcopy(block).double()
     exact(x_BCHW.double()).square().sum().backward()
     torch.set_num_threads(forward)
@@ -235,10 +242,37 @@ def test_gradients_hardly_depend_on_threads(forward: int, backward: int, checkpo
         assert_near(p.grad, e.grad)
 
 
-def test_an_empty_batch_has_gradients_of_zero() -> None:
-    block = small_block()
-    y_BCHW = block(maps(0, 20, 7, 5))
-    assert y_BCHW.shape == (0, 20, 7, 5)
+@pytest.mark.parametrize("bound", [1, 2**40])
+def test_however_few_threads_have_sums_of_their_own(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "MOST_BYTES", bound)
+    block, x_BCHW = small_block(**GLOBAL), maps(3, 24, 11, 7)
+    exact = copy.deepcopy(block).double()
+    torch.set_num_threads(3)
+    for a, b in zip(with_gradients(block, block, x_BCHW), with_gradients(exact, exact, x_BCHW.double()), strict=True):
+        assert_near(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, GLOBAL])
+def test_nothing_is_kept_without_gradients(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, room = [], pixelwise.room_for_tiles
+    monkeypatch.setattr(pixelwise, "room_for_tiles", lambda *arguments: kept.append(room(*arguments)) or kept[-1])
+    block = small_block(**options)
+    x_BCHW = maps(3, block.norm1.weight.numel(), 11, 7)
+    with torch.no_grad():
+        block(x_BCHW)
+    assert [t.numel() for tensors in kept for t in tensors] == [0, 0, 0, 0]
+    block(x_BCHW)
+    assert all(t.numel() for tensors in kept[3:] for t in tensors)
+
+
+@pytest.mark.parametrize("options", [{}, GLOBAL])
+def test_an_empty_batch_has_gradients_of_zero(options: dict) -> None:
+    block = small_block(**options)
+    shape = 0, block.norm1.weight.numel(), 11, 7
+    y_BCHW = block(maps(*shape))
+    assert y_BCHW.shape == shape
+    garbage = [torch.full((n,), math.nan) for n in range(1, 200)]  # what is freed may be what gradients are made of
+    del garbage
     y_BCHW.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in block.parameters())
 
@@ -262,12 +296,26 @@ def test_the_operations_keep_to_what_pytorch_expects_of_them(options: dict[str, 
         torch.library.opcheck(function, arguments)
 
 
-@pytest.mark.parametrize("options", [{}, {"dim": 24, "mixer": global_mixer(3), "size": (11, 7)}])
+def test_what_was_kept_in_float32_may_come_back_rounded() -> None:
+    """Hooks on saved tensors that convert floats make gradients less exact, and no worse."""
+    block, x_BCHW = small_block(**GLOBAL), maps(3, 24, 11, 7)
+    exact = copy.deepcopy(block).double()
+    exact(x_BCHW.double()).square().sum().backward()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.bfloat16() if t.is_floating_point() else t, lambda t: t.float() if t.is_floating_point() else t
+    ):
+        y_BCHW = block(x_BCHW)
+    y_BCHW.square().sum().backward()
+    for p, e in zip(block.parameters(), exact.parameters(), strict=True):
+        assert_near(p.grad, e.grad, 0.03)
+
+
+@pytest.mark.parametrize("options", [{}, GLOBAL])
 def test_what_was_kept_may_come_back_elsewhere_in_memory(options: dict) -> None:
     """Hooks on saved tensors (to disk, to another device) give copies, at any address."""
 
     def moved(t: torch.Tensor) -> torch.Tensor:
-        return torch.empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
+        return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
 
     grads = []
     for unpack in (moved, lambda t: t):

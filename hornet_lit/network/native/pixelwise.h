@@ -18,8 +18,8 @@
 
 namespace {
 
-// out = W·norm(x) + b, its first P channels to p and the rest to q, or from there in the backward kernel. If r is not
-// null the rest goes through a second norm, and its halves to q and r; what it was before is kept in tiles, if not null.
+// out = W·norm(x) + b, its first P channels to p and the rest to q, or from there in the backward kernel. If there is a
+// second norm the rest goes through it, and its halves to q and r; what it was before is kept in tiles, if not null.
 template <class X, class Element>
 struct Linear {
     const X* x;
@@ -33,7 +33,8 @@ struct Linear {
     X* dx;
     float *dw, *dvectors;
     int64_t rest() const { return N - P; }
-    int64_t half() const { return r ? rest() / 2 : 0; }  // of the channels: those of r
+    int64_t again() const { return then.weight ? rest() : 0; }  // channels normed twice: maps may be null, if empty
+    int64_t half() const { return again() / 2; }                // those of r
 };
 
 template <class X, class Dot>
@@ -50,7 +51,7 @@ void linear_forward(const Linear<X, typename Dot::Element>& a, int64_t M, int64_
         Vec* rest = out + a.P * V;
         if (a.kept)
             for (int64_t i = 0; i < a.rest() * V; ++i) store(rest[i], a.kept + t.first * a.rest() + i * kLanes, kLanes);
-        if (a.r) {
+        if (a.again()) {
             standardise<V>(rest, a.rest(), a.then.eps, inverse);
             affine<V>(rest, a.rest(), a.then, rest);
         }
@@ -63,7 +64,7 @@ void linear_forward(const Linear<X, typename Dot::Element>& a, int64_t M, int64_
 // Vectors: b, norm.weight, norm.bias; then.weight, then.bias.
 template <class X, class Dot>
 void linear_backward(const Linear<X, typename Dot::Element>& a, int64_t M, int64_t T, int64_t workers) {
-    const int64_t again = a.r ? a.rest() : 0, first = a.rest() - a.half();  // again: channels normed twice
+    const int64_t again = a.again(), first = a.rest() - a.half();
     Sums<Dot> sums;
     sums.add(a.N, whole<Dot>(a.K), a.dw);
     sums.elements = a.N + 2 * a.K + 2 * again, sums.vectors_to = a.dvectors;
@@ -75,7 +76,7 @@ void linear_backward(const Linear<X, typename Dot::Element>& a, int64_t M, int64
         enter<V>(a.x, t, a.K, M, x);
         enter<V>(a.p, t, a.P, M, d, D);
         enter<V>(a.q, t, first, M, d + a.P * D, D);
-        if (a.r) {
+        if (again) {
             enter<V>(a.r, t, a.half(), M, d + (a.P + first) * D, D);
             for (int64_t i = 0; i < again * V; ++i) rest[i] = load(a.kept + t.first * again + i * kLanes, kLanes);
             standardise<V>(rest, again, a.then.eps, inverse);
@@ -187,7 +188,7 @@ void mlp_backward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T, 
 }
 
 // z₀ = p ⊙ g₀, z_{k+1} = (W_k·z_k + b_k) ⊙ g_{k+1}; y = x + scale ⊙ (W·z + b), the last w and b; y - x if no x.
-// If `others` is not null, all g lie as they alternate in `gates` and there, and go through a norm first.
+// If there is a norm, all g lie as they alternate in `gates` and `others`, and go through it first.
 template <class X, class Element>
 struct Gates {
     const Element *p, *gates, *others;
@@ -201,7 +202,8 @@ struct Gates {
     Element *dp, *dgates, *dothers;
     float *dw[kMaxOrder], *dvectors, *dscale;
     int64_t filtered() const { return 2 * C - first; }
-    int64_t maps() const { return others ? 2 : 1; }
+    int64_t normed() const { return norm.weight ? filtered() : 0; }  // channels: maps may be null, if empty
+    int64_t maps() const { return normed() ? 2 : 1; }
 };
 
 // All g of a tile's pixels: as they are read, and times the norm's vectors in `g`, if there is a norm.
@@ -209,7 +211,7 @@ template <int V, class X, class Element>
 void enter_gates(const Gates<X, Element>& a, const Tile& t, int64_t M, Vec* x, Vec* inverse, Vec* g) {
     const int64_t Q = a.filtered(), each = Q / a.maps();
     enter<V>(a.gates, t, each, M, x, a.maps() * V);
-    if (!a.others) return;
+    if (!a.normed()) return;
     enter<V>(a.others, t, each, M, x + V, 2 * V);
     standardise<V>(x, Q, a.norm.eps, inverse);
     affine<V>(x, Q, a.norm, g);
@@ -254,7 +256,7 @@ void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t
         sums.add(out, k < last ? whole<Dot>(in) : in, a.dw[k]);
         turned[k] = turned_weight<Dot>(a.w[k], out, in, T);
     }
-    const int64_t biases = 3 * a.C - 2 * a.first, normed = a.others ? Q : 0;
+    const int64_t biases = 3 * a.C - 2 * a.first, normed = a.normed();
     sums.elements = biases + 2 * normed, sums.vectors_to = a.dvectors;
     sums.w = a.w[last], sums.b = a.b[last], sums.scale = a.scale;
     sums.bias = 2 * (a.C - a.first), sums.dscale = a.dscale;
@@ -262,7 +264,7 @@ void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t
         constexpr int V = decltype(size)::value;
         // Of z, of the gates g, and of the products u that they multiply, order k begins where its width - first is.
         Vec *p = scratch, *z = p + a.first * V, *g = z + Q * V, *u = g + Q * V, *dy = u + Q * V;
-        Vec *dz = dy + a.C * V, *other = dz + a.C * V, *x = a.others ? other + a.C * V : g, inverse[V];
+        Vec *dz = dy + a.C * V, *other = dz + a.C * V, *x = normed ? other + a.C * V : g, inverse[V];
         enter<V>(a.p, t, a.first, M, p);
         enter_gates<V>(a, t, M, x, inverse, g);
         for (int64_t i = 0; i < a.first * V; ++i) z[i] = p[i] * g[i];
@@ -310,7 +312,7 @@ void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t
             dz[i] *= gate;
         }
         leave<V>(dz, t, a.first, a.dp, M);
-        if (a.others) {
+        if (normed) {
             norm_back<V>(g, x, inverse, Q, a.norm, norm_lanes, norm_lanes + Q);
             leave<V>(g + V, t, Q / 2, a.dothers, M, 2 * V);
         }
