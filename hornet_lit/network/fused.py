@@ -38,12 +38,16 @@ def usable(x_BCHW: torch.Tensor, norm: nn.Module, *linears: nn.Module, act: nn.M
         return False
     if act is not None and (type(act) is not GELU or changed(act) or act.approximate != "none"):
         return False
-    return usable_norm(norm, x_BCHW.shape[1], x_BCHW.dtype) and all(_plain(m, x_BCHW.dtype, *LINEAR) for m in linears)
+    if not usable_norm(norm, x_BCHW.shape[1], x_BCHW.dtype):
+        return False
+    # Under autocast weights may be in its type already: those that FSDP2 gathers are.
+    dtypes = x_BCHW.dtype, weights_type(x_BCHW)
+    return all(_plain(linear, dtypes, *LINEAR) for linear in linears)
 
 
 def usable_norm(norm: nn.Module, channels: int, dtype: torch.dtype) -> bool:
     """Whether a fused operation may compute this norm of that many channels, where it may run at all."""
-    if not _plain(norm, dtype, LayerNorm2d):
+    if not _plain(norm, (dtype,), LayerNorm2d):
         return False
     if norm.eps < LEAST_EPSILON:  # a tile's missing pixels, all 0, would spoil the sums of gradients
         return False
@@ -57,7 +61,7 @@ def promoted(x_BCHW: torch.Tensor, scale_C: torch.Tensor | None) -> torch.Tensor
     return x_BCHW.float() if mixed and scale_C is not None and scale_C.dtype == torch.float32 else x_BCHW
 
 
-def _plain(module: nn.Module, dtype: torch.dtype, *kinds: type[nn.Module]) -> bool:
+def _plain(module: nn.Module, dtypes: Sequence[torch.dtype], *kinds: type[nn.Module]) -> bool:
     if type(module) not in kinds or changed(module):
         return False
     if isinstance(module, nn.Conv2d):
@@ -66,8 +70,10 @@ def _plain(module: nn.Module, dtype: torch.dtype, *kinds: type[nn.Module]) -> bo
             return False
     if module.bias is None or module.bias.shape != module.weight.shape[:1]:
         return False
-    types = torch.Tensor, nn.Parameter
-    return all(type(p) in types and p.dtype == dtype and p.device.type == "cpu" for p in (module.weight, module.bias))
+    tensors = module.weight, module.bias
+    if any(type(p) not in (torch.Tensor, nn.Parameter) or p.device.type != "cpu" for p in tensors):
+        return False
+    return all(p.dtype in dtypes for p in tensors)
 
 
 def _built(pairs: bool) -> bool:

@@ -99,6 +99,21 @@ def test_gradients_of_weights_are_not_rounded() -> None:
         assert grad.dtype == torch.float32 and (grad != grad.bfloat16()).float().mean() > 0.9
 
 
+def test_weights_may_be_in_autocasts_type_already(ran: list[str]) -> None:
+    """As those of linear layers are that FSDP2 gathers in bfloat16."""
+    results = []
+    for gathered in (False, True):
+        block = small_block()
+        for module in block.modules():
+            if gathered and (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)):
+                module.bfloat16()
+        results.append(with_gradients(autocast(block), block, maps(3, 20, 7, 5)))
+    assert ran == 2 * (MIXED + BACK)
+    assert {t.dtype for t in results[1]} == {torch.float32, torch.bfloat16}
+    for a, b in zip(*results, strict=True):
+        assert_near(a, b, 0.01)
+
+
 def test_maps_larger_than_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are written past them, if their pixels are whole lines of memory."""
     block, x_BCHW = small_block(64, 2), maps(1, 64, 130, 131)
