@@ -68,7 +68,7 @@ class GnConv(Recomputing):
         self, x_BCHW: torch.Tensor, norm: LayerNorm2d, scale_C: torch.Tensor | None, *, residual: bool
     ) -> torch.Tensor | None:
         """``scale ⊙ gnConv(norm(x))``, plus x if ``residual``, in two fused operations and the filter, whose own norms
-        they take over if it can do without; None where those cannot serve."""
+        they compute too where it leaves those to them (see `filters`); None where they cannot serve."""
         x_BCHW, linears = promoted(x_BCHW, scale_C), [*self.pws, self.proj_out]
         if type(self).forward is not GnConv.forward or changed(self) or len(linears) > MAX_ORDER:
             return None

@@ -99,6 +99,10 @@ def replaced(path: str, make: Callable) -> Callable[[Block], None]:
     return change
 
 
+def one_for_all(p: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(p.detach()[:1].expand(p.shape))
+
+
 def assert_near(ours: torch.Tensor | None, exact: torch.Tensor | None, tolerance: float = 1e-5) -> None:
     """Up to ``tolerance`` of the largest value."""
     assert (ours is None) == (exact is None)

@@ -21,6 +21,7 @@ from tests.network.conftest import (
     global_mixer,
     maps,
     needs_kernels,
+    one_for_all,
     replaced,
     small_block,
     small_network,
@@ -44,10 +45,6 @@ def strided(p: torch.Tensor) -> nn.Parameter:
 
 def turned(p: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(p.detach().transpose(0, 1).contiguous().transpose(0, 1))
-
-
-def one_for_all(p: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(p.detach()[:1].expand(p.shape))
 
 
 class TwiceConv(nn.Conv2d):

@@ -16,6 +16,7 @@ from tests.network.conftest import (
     global_mixer,
     maps,
     needs_kernels,
+    one_for_all,
     replaced,
     small_block,
     with_gradients,
@@ -57,10 +58,6 @@ class Twice(nn.Module):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         return 2 * self.held(x_BCHW)
-
-
-def one_for_all(p: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(p.detach()[:1].expand(p.shape))
 
 
 def without_epsilon(norm: LayerNorm2d) -> LayerNorm2d:
