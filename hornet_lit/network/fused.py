@@ -1,8 +1,8 @@
 """Where the fused CPU operations of `pixelwise` may run, and what their kernels are given.
 
 They run in C++ (native/pixelwise.h) where that could be built and the processor has AVX2 or AVX-512: in float32 and,
-with AVX-512's bfloat16, in that and under its autocast. Elsewhere `usable` says no, and the caller
-computes the same with PyTorch's own operations.
+with AVX-512's bfloat16, in that and under its autocast. Elsewhere `usable` says no, and the caller computes the same
+with PyTorch's own operations.
 
 Shapes: B batch, C channels, H height, W width, K channels in, N channels out.
 """

@@ -74,10 +74,10 @@ class GnConv(Recomputing):
             return None
         if not usable(x_BCHW, norm, self.proj_in, *linears):
             return None
-        # Of the class: what wraps a filter may hand on its attributes, and yet is not that filter.
-        fusible = getattr(type(self.dwconv), "fusible_norms", None)
-        norms = fusible and fusible(self.dwconv, sum(self.widths), x_BCHW.dtype)
-        if not norms:
+        norms = None
+        if hasattr(type(self.dwconv), "fusible_norms"):  # as of a mixer: not what a wrapper only hands on
+            norms = self.dwconv.fusible_norms(sum(self.widths), x_BCHW.dtype)
+        if norms is None:
             p_BCHW, q_BQHW = norm_linear(x_BCHW, norm, self.proj_in, self.widths[0])
             return gated(x_BCHW, p_BCHW, [self.dwconv(q_BQHW)], linears, scale_C, residual=residual)
         before, after, factor = norms

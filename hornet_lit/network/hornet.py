@@ -81,9 +81,9 @@ class Block(Recomputing):
 
     def _fused_mixer(self, x_BCHW: torch.Tensor, residual: bool) -> torch.Tensor | None:
         """γ₁·mixer(LN(x)), plus x if ``residual``, by a mixer that has a way of its own to compute that."""
-        # Of the class: what wraps a mixer may hand on its attributes, and yet is not that mixer.
-        normed = getattr(type(self.gnconv), "normed", None)
-        return normed and normed(self.gnconv, x_BCHW, self.norm1, self.gamma1, residual=residual)
+        if not hasattr(type(self.gnconv), "normed"):  # a wrapper may hand on attributes, and is another mixer
+            return None
+        return self.gnconv.normed(x_BCHW, self.norm1, self.gamma1, residual=residual)
 
     def _fused_mlp(self, x_BCHW: torch.Tensor, residual: bool) -> torch.Tensor | None:
         if not usable(x_BCHW, self.norm2, self.pwconv1, self.pwconv2, act=self.act):

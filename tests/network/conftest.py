@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -56,6 +57,9 @@ def small_block(dim: int = 20, order: int = 3, **options) -> Block:
 
 def global_mixer(order: int) -> Callable[..., GnConv]:
     return partial(GnConv, order=order, filter=partial(GlobalLocalFilter, scale=0.7))
+
+
+GLOBAL = {"dim": 24, "mixer": global_mixer(3), "size": (11, 7)}  # for `small_block`
 
 
 def small_network(**options) -> HorNet:
@@ -123,3 +127,11 @@ def with_gradients(
     grads = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
     torch.autograd.backward(outputs, [layout(g) for g in grads])
     return [*(y.detach() for y in outputs), *(t.grad for t in leaves), *(p.grad for p in module.parameters())]
+
+
+def assert_exact(module: nn.Module, x_BCHW: torch.Tensor) -> None:
+    """Values and all gradients against those of the same module in float64."""
+    double = copy.deepcopy(module).double()
+    ours, exact = with_gradients(module, module, x_BCHW), with_gradients(double, double, x_BCHW.double())
+    for a, b in zip(ours, exact, strict=True):
+        assert_near(a, b)

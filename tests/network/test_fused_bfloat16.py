@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hornet_lit.network import fused
-from tests.network.conftest import FORWARD, assert_near, global_mixer, maps, small_block, with_gradients
+from tests.network.conftest import FORWARD, GLOBAL, assert_near, maps, small_block, with_gradients
 
 pytestmark = [
     pytest.mark.skipif(not fused._built(True), reason="no compiler, or no products of bfloat16 pairs"),
@@ -20,7 +20,6 @@ MIXED = [name.replace("f32", "mixed") for name in FORWARD]
 BACK = [name.replace("forward", "backward") for name in reversed(MIXED)]
 # Channels, order, hidden over outer width: even; odd to the first gate; an odd map; odd hidden channels.
 SIZES = [(20, 1, 4.0), (48, 4, 4.0), (6, 2, 4.0), (7, 1, 4.0), (6, 2, 3.2)]
-GLOBAL = {"dim": 24, "order": 3, "mixer": global_mixer(3), "size": (11, 7)}
 
 
 def in_both_ways(computed: Callable[[], list[torch.Tensor]], patch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:

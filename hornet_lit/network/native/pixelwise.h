@@ -283,7 +283,7 @@ void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t
         enter<V>(a.dy, t, a.C, M, dy);
         turn<Dot, V>(dy, a.C, kept.rows[last]);
         keep<Dot, V>(z + (a.C - a.first) * V, a.C, kept.d[last]);
-        Vec *norm_lanes = lanes + biases;
+        Vec* norm_lanes = lanes + biases;
         lanes += 2 * (a.C - a.first);
         add_lanes<V>(dy, a.C, lanes);
         scaled<V>(dy, a.C, a.scale, other);
