@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from hornet_lit.network import native
-from hornet_lit.network.layers import observed
+from hornet_lit.network.layers import needed, observed
 from hornet_lit.network.native.arguments import Int, Pointer, map_like, pointer, rows
+from hornet_lit.network.operations import operation
 
 KERNEL_SIZES = (3, 5, 7, 9, 11)
 SYMBOLS = {torch.float32: "depthwise_weight_grad_f32", torch.bfloat16: "depthwise_weight_grad_bf16"}
@@ -45,7 +46,7 @@ TRITON = _asked_for(os.environ.get("HORNET_LIT_TRITON", ""))
 def depthwise_conv2d(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
     """Depth-wise K×K convolution, stride 1, zero-padded to keep H×W: `F.conv2d` with another way back on CPUs."""
     device = x_BCHW.device.type
-    trained = torch.is_grad_enabled() and weight_C1KK.requires_grad
+    trained = needed(weight_C1KK)
     by_triton = device == TRITON_DEVICE and ("forward" in TRITON or (trained and "weight_grad" in TRITON))
     own = by_triton or (device == "cpu" and (trained or _by_native(x_BCHW, weight_C1KK, bias_C)))
     if not own or observed():
@@ -54,7 +55,9 @@ def depthwise_conv2d(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: to
         dtype = torch.get_autocast_dtype(device)
         x_BCHW, weight_C1KK = x_BCHW.to(dtype), weight_C1KK.to(dtype)
         bias_C = None if bias_C is None else bias_C.to(dtype)
-    return _DepthwiseConv.apply(x_BCHW, weight_C1KK, bias_C)
+    if needed(x_BCHW, weight_C1KK, bias_C):
+        return _DepthwiseConv.apply(x_BCHW, weight_C1KK, bias_C)
+    return _convolved(x_BCHW, weight_C1KK, bias_C)
 
 
 class _DepthwiseConv(torch.autograd.Function):
@@ -84,7 +87,7 @@ def _convolved(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Te
     return F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
 
 
-@torch.library.custom_op("hornet_lit::depthwise_conv", mutates_args=())
+@operation("depthwise_conv")
 def depthwise_conv(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
     """Depth-wise convolution by the C++ or the Triton kernel, or the library where there are none; channels-last."""
     if _by_triton("forward", x_BCHW) and (triton := _triton()) is not None:
@@ -96,14 +99,13 @@ def depthwise_conv(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torc
 
 
 def _native_conv(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
-    x_BHWC, weight_KKC = rows(x_BCHW), weight_C1KK.permute(1, 2, 3, 0).contiguous()
+    x_BHWC, k = rows(x_BCHW), weight_C1KK.shape[-1]
     b, h, w, c = x_BHWC.shape
     y_BCHW = map_like(x_BCHW, c)
-    tensors = x_BHWC, weight_KKC, None if bias_C is None else bias_C.contiguous(), y_BCHW
-    sizes = b, h, w, c, weight_KKC.shape[1], torch.get_num_threads()
+    tensors = x_BHWC, weight_C1KK.contiguous(), None if bias_C is None else bias_C.contiguous(), y_BCHW
     kernel = native.library("depthwise").depthwise_conv_f32
-    failed = kernel(*(Pointer(pointer(t)) for t in tensors), *map(Int, sizes))
-    assert not failed, f"no kernel for K = {weight_KKC.shape[1]}"
+    failed = kernel(*(Pointer(pointer(t)) for t in tensors), *map(Int, (b, h, w, c, k, torch.get_num_threads())))
+    assert not failed, f"no kernel for K = {k}"
     return y_BCHW
 
 
@@ -112,7 +114,7 @@ def _(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | No
     return torch.empty_like(x_BCHW, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("hornet_lit::depthwise_weight_grad", mutates_args=())
+@operation("depthwise_weight_grad")
 def depthwise_weight_grad(
     x_BCHW: torch.Tensor, grad_BCHW: torch.Tensor, kernel_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,38 +20,39 @@ from torch import nn
 from hornet_lit.network import native
 from hornet_lit.network.layers import GELU, ChannelLinear, changed, observed
 from hornet_lit.network.native.arguments import pointer
+from hornet_lit.network.operations import PLAIN
 
 MOST_BYTES = 2**30  # for all threads' sums in a backward kernel: few threads for wide layers on large machines
 LEAST_EPSILON = 2.0**-126  # the kernels' is a float
-LINEAR = (nn.Conv2d, ChannelLinear)
+LINEAR, NORM = (nn.Conv2d, ChannelLinear), (LayerNorm2d,)
 
 
 def usable(x_BCHW: torch.Tensor, norm: nn.Module, *linears: nn.Module, act: nn.Module | None = None) -> bool:
     """Whether the fused operations may stand for these modules here: nobody can look in between or has changed them."""
-    if x_BCHW.device.type != "cpu" or x_BCHW.ndim != 4 or observed():
+    if not x_BCHW.is_cpu or x_BCHW.ndim != 4 or observed():
         return False
-    autocast = torch.is_autocast_enabled("cpu")
-    pairs = autocast or x_BCHW.dtype == torch.bfloat16
-    if x_BCHW.dtype not in (torch.float32, torch.bfloat16) or not _built(pairs):
+    autocast, dtype = torch.is_autocast_enabled("cpu"), x_BCHW.dtype
+    pairs = autocast or dtype == torch.bfloat16
+    if dtype not in (torch.float32, torch.bfloat16) or not _built(pairs):
         return False
-    if autocast and (x_BCHW.dtype != torch.float32 or torch.get_autocast_dtype("cpu") != torch.bfloat16):
+    if autocast and (dtype != torch.float32 or torch.get_autocast_dtype("cpu") != torch.bfloat16):
         return False
     if act is not None and (type(act) is not GELU or changed(act) or act.approximate != "none"):
         return False
-    if not usable_norm(norm, x_BCHW.shape[1], x_BCHW.dtype):
+    if not usable_norm(norm, x_BCHW.shape[1], dtype):
         return False
     # Under autocast weights may be in its type already: those that FSDP2 gathers are.
-    dtypes = x_BCHW.dtype, weights_type(x_BCHW)
-    return all(_plain(linear, dtypes, *LINEAR) for linear in linears)
+    dtypes = (dtype, torch.bfloat16) if autocast else (dtype,)
+    return all([_plain(linear, dtypes, LINEAR) for linear in linears])
 
 
 def usable_norm(norm: nn.Module, channels: int, dtype: torch.dtype) -> bool:
     """Whether a fused operation may compute this norm of that many channels, where it may run at all."""
-    if not _plain(norm, (dtype,), LayerNorm2d):
+    if not _plain(norm, (dtype,), NORM):
         return False
     if norm.eps < LEAST_EPSILON:  # a tile's missing pixels, all 0, would spoil the sums of gradients
         return False
-    return len(norm.weight) == channels  # else the library's own error is the clearest
+    return norm.weight.shape[0] == channels  # else the library's own error is the clearest
 
 
 def promoted(x_BCHW: torch.Tensor, scale_C: torch.Tensor | None) -> torch.Tensor:
@@ -61,19 +62,23 @@ def promoted(x_BCHW: torch.Tensor, scale_C: torch.Tensor | None) -> torch.Tensor
     return x_BCHW.float() if mixed and scale_C is not None and scale_C.dtype == torch.float32 else x_BCHW
 
 
-def _plain(module: nn.Module, dtypes: Sequence[torch.dtype], *kinds: type[nn.Module]) -> bool:
+def _plain(module: nn.Module, dtypes: Sequence[torch.dtype], kinds: Sequence[type[nn.Module]]) -> bool:
     if type(module) not in kinds or changed(module):
         return False
-    if isinstance(module, nn.Conv2d):
-        size = module.kernel_size, module.stride, module.padding, module.groups
-        if size != ((1, 1), (1, 1), (0, 0), 1):
-            return False
-    if module.bias is None or module.bias.shape != module.weight.shape[:1]:
+    if isinstance(module, nn.Conv2d) and not _pointwise(module):
         return False
-    tensors = module.weight, module.bias
-    if any(type(p) not in (torch.Tensor, nn.Parameter) or p.device.type != "cpu" for p in tensors):
+    # Not as attributes, which nn.Module looks up in Python: this is asked some hundred times a step.
+    parameters = module._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if weight is None or bias is None or bias.shape != weight.shape[:1]:
         return False
-    return all(p.dtype in dtypes for p in tensors)
+    if type(weight) not in PLAIN or type(bias) not in PLAIN or not weight.is_cpu or not bias.is_cpu:
+        return False
+    return weight.dtype in dtypes and bias.dtype in dtypes
+
+
+def _pointwise(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
 
 
 def _built(pairs: bool) -> bool:
@@ -98,8 +103,9 @@ def weights_type(x_BCHW: torch.Tensor) -> torch.dtype:
 
 
 def fitting_weight(linear: nn.Conv2d | nn.Linear, size: tuple[int, int]) -> torch.Tensor:
-    weight_NK = linear.weight.flatten(1)
-    if tuple(weight_NK.shape) != size:
+    """The layer's weight (N, K), or (N, K, 1, 1) as a convolution has it."""
+    weight_NK = linear.weight
+    if weight_NK.shape[:2] != size:
         raise ValueError(f"a layer of {size[1]} channels in and {size[0]} out belongs here, not {linear}")
     return weight_NK
 
@@ -109,19 +115,20 @@ def lowered(weight_NK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     rounded no more than the kernels do."""
     if weight_NK.ndim == 1:
         return weight_NK
-    weight_NK = weight_NK.to(dtype)
+    if weight_NK.dtype != dtype:
+        weight_NK = weight_NK.to(dtype)
     if dtype == torch.bfloat16 and weight_NK.shape[1] % 2:
-        weight_NK = F.pad(weight_NK, (0, 1))  # the kernels multiply pairs
+        weight_NK = F.pad(weight_NK.flatten(1), (0, 1))  # the kernels multiply pairs
     return weight_NK.contiguous()
 
 
-def raised(gradients: Sequence[torch.Tensor], columns: Sequence[int]) -> list[torch.Tensor]:
-    """Gradients of what was `lowered`, which had that many columns."""
-    return [g if g.shape[-1] == k else g[:, :k] for g, k in zip(gradients, columns, strict=True)]
+def raised(gradients: Sequence[torch.Tensor], sizes: Sequence[torch.Size]) -> list[torch.Tensor]:
+    """Gradients of what was `lowered`, which had those sizes."""
+    return [g if g.shape == size else g[:, : size[1]].reshape(size) for g, size in zip(gradients, sizes, strict=True)]
 
 
 def vector(values: torch.Tensor) -> torch.Tensor:
-    return values.float().contiguous()
+    return (values if values.dtype == torch.float32 else values.float()).contiguous()
 
 
 def fitting_scale(scale_C: torch.Tensor | None, x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -141,14 +148,10 @@ def workers(weights: Sequence[torch.Tensor], threads: int) -> int:
 
 def room_for_tiles(x_BCHW: torch.Tensor, channels: int, dtype: torch.dtype, keep: bool) -> list[torch.Tensor]:
     """Room for what a kernel keeps of ``channels`` for its way back, in the kernel's own order, and for the number of
-    threads, on which that order depends. Both are empty unless ``keep``."""
+    threads, on which that order depends. None of it unless ``keep``."""
+    if not keep:
+        return []
     b, _, h, w = x_BCHW.shape
     lanes = native.lanes("pixelwise")
     elements = (b * h * w + lanes - 1) // lanes * lanes * channels
-    sizes = (elements, dtype), (1, torch.int64)
-    return [x_BCHW.new_empty(size if keep else 0, dtype=kind) for size, kind in sizes]
-
-
-def needed(*tensors: torch.Tensor) -> bool:
-    """Whether a gradient for any of these tensors is being recorded."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return [x_BCHW.new_empty(elements, dtype=dtype), x_BCHW.new_empty(1, dtype=torch.int64)]

@@ -36,6 +36,11 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def needed(*tensors: torch.Tensor | None) -> bool:
+    """Whether a gradient for any of these tensors is being recorded."""
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+
+
 def changed(module: nn.Module) -> bool:
     """Whether a module has hooks, or a ``forward`` of its own beside its class's."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

@@ -17,7 +17,6 @@ from hornet_lit.network.fused import (
     fitting_scale,
     fitting_weight,
     lowered,
-    needed,
     pointers,
     raised,
     room_for_tiles,
@@ -26,19 +25,22 @@ from hornet_lit.network.fused import (
     weights_type,
     workers,
 )
+from hornet_lit.network.layers import needed
 from hornet_lit.network.native.arguments import Gates, Linear, Mlp, Norm, Pointers, map_like, pointer, rows
+from hornet_lit.network.operations import operation
 
 # LayerNorm and a linear layer, whose output is split in two: P channels, and the rest. If a second norm follows upon
 # the rest, its halves are maps of their own. Parameters: weight (N, C), bias, the norm's two, the second norm's two.
 
 
-@torch.library.custom_op("hornet_lit::norm_linear", mutates_args=())
+@operation("norm_linear")
 def _norm_linear(
     x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], eps: Sequence[float], first: int, keep: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     maps, kept = _linear_outputs(x_BCHW, parameters, first, keep)
     x, threads = rows(x_BCHW), torch.get_num_threads()
-    kept[1].fill_(threads)
+    if kept:
+        kept[1].fill_(threads)
     arguments = _linear_arguments(x, parameters, eps, first, maps, kept)
     arguments.b = pointer(parameters[1])
     run_typed("linear_forward", (x, maps[0]), arguments, x.numel() // x.shape[-1], threads)
@@ -54,7 +56,7 @@ def _linear_outputs(
     x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], first: int, keep: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     weight_NC, twice = parameters[0], len(parameters) > 4
-    rest = len(weight_NC) - first
+    rest = weight_NC.shape[0] - first
     widths = [first, rest - rest // 2, rest // 2] if twice else [first, rest]
     kept = room_for_tiles(x_BCHW, rest, weight_NC.dtype, keep and twice)
     return [map_like(x_BCHW, width, weight_NC.dtype) for width in widths], kept
@@ -69,15 +71,15 @@ def _linear_arguments(
     kept: Sequence[torch.Tensor],
 ) -> Linear:
     (weight_NC, _, *norms), (p, q, *r) = parameters, maps
-    arguments = Linear(K=x.shape[-1], N=len(weight_NC), P=first, **pointers(x=x, w=weight_NC, p=p, q=q))
+    arguments = Linear(K=x.shape[-1], N=weight_NC.shape[0], P=first, **pointers(x=x, w=weight_NC, p=p, q=q))
     arguments.norm = Norm(*map(pointer, norms[:2]), eps[0])
     if r:
         arguments.r, arguments.then = pointer(r[0]), Norm(*map(pointer, norms[2:]), eps[1])
-        arguments.kept = pointer(kept[0])  # null if empty
+        arguments.kept = pointer(kept[0]) if kept else None
     return arguments
 
 
-@torch.library.custom_op("hornet_lit::norm_linear_backward", mutates_args=())
+@operation("norm_linear_backward")
 def _norm_linear_backward(
     dmaps: Sequence[torch.Tensor],
     x_BCHW: torch.Tensor,
@@ -86,15 +88,15 @@ def _norm_linear_backward(
     eps: Sequence[float],
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     weight_NC, x, maps = parameters[0], rows(x_BCHW), [rows(dmap_BCHW) for dmap_BCHW in dmaps]
-    threads = int(kept[1]) if kept[1].numel() else torch.get_num_threads()
-    dx_BCHW, lengths = map_like(x_BCHW, x.shape[-1]), [len(vector) for vector in parameters[1:]]
+    threads = int(kept[1]) if kept else torch.get_num_threads()
+    dx_BCHW, lengths = map_like(x_BCHW, x.shape[-1]), [vector.shape[0] for vector in parameters[1:]]
     dvectors = x.new_empty(sum(lengths), dtype=torch.float32)
     dw_NC = torch.empty_like(weight_NC, dtype=torch.float32)
     arguments = _linear_arguments(x, parameters, eps, maps[0].shape[-1], maps, kept)
     arguments.dx, arguments.dw, arguments.dvectors = map(pointer, (dx_BCHW, dw_NC, dvectors))
     sizes = x.numel() // x.shape[-1], threads, workers([weight_NC], threads)
     run_typed("linear_backward", (x, weight_NC), arguments, *sizes)
-    return dx_BCHW, [dw_NC, *(v.clone() for v in dvectors.split(lengths))]
+    return dx_BCHW, [dw_NC, *torch.split_with_sizes_copy(dvectors, lengths)]
 
 
 @_norm_linear_backward.register_fake
@@ -105,18 +107,20 @@ def _(dmaps, x_BCHW, kept, parameters, eps):  # type: ignore[no-untyped-def]
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BCHW, eps, first, dtype, *parameters):  # type: ignore[no-untyped-def]
-        ctx.eps, ctx.columns = eps, [p.shape[-1] for p in parameters]
+        ctx.eps, ctx.sizes = eps, [p.shape for p in parameters]
         parameters = [lowered(p, dtype) for p in parameters]
         maps, kept = _norm_linear(x_BCHW, parameters, eps, first, True)
+        ctx.kept = len(kept)
         ctx.save_for_backward(x_BCHW, *kept, *parameters)
         return tuple(maps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dmaps):  # type: ignore[no-untyped-def]
-        x_BCHW, tiles, threads, *parameters = ctx.saved_tensors
-        dx_BCHW, dparameters = _norm_linear_backward(dmaps, x_BCHW, [tiles, threads], parameters, ctx.eps)
-        return dx_BCHW, None, None, None, *raised(dparameters, ctx.columns)
+        x_BCHW, *others = ctx.saved_tensors
+        kept, parameters = others[: ctx.kept], others[ctx.kept :]
+        dx_BCHW, dparameters = _norm_linear_backward(dmaps, x_BCHW, kept, parameters, ctx.eps)
+        return dx_BCHW, None, None, None, *raised(dparameters, ctx.sizes)
 
 
 def norm_linear(
@@ -128,10 +132,11 @@ def norm_linear(
     and the rest before that norm.
     """
     norms = (norm,) if then is None else (norm, then)
-    if then is not None and len(then.weight) != len(linear.weight) - first:
-        raise ValueError(f"{linear} gives {len(linear.weight) - first} channels to a norm of {len(then.weight)}")
+    channels = linear.weight.shape[0]
+    if then is not None and then.weight.shape[0] != channels - first:
+        raise ValueError(f"{linear} gives {channels - first} channels to a norm of {then.weight.shape[0]}")
     vectors = [linear.bias, *(v for n in norms for v in (n.weight, n.bias))]
-    weight_NC, dtype = fitting_weight(linear, (len(linear.weight), x_BCHW.shape[1])), weights_type(x_BCHW)
+    weight_NC, dtype = fitting_weight(linear, (channels, x_BCHW.shape[1])), weights_type(x_BCHW)
     parameters, eps = [weight_NC, *map(vector, vectors)], [n.eps for n in norms]
     if needed(x_BCHW, *parameters):
         return _NormLinear.apply(x_BCHW, eps, first, dtype, *parameters)
@@ -141,15 +146,17 @@ def norm_linear(
 # LayerNorm, MLP and residual. Parameters: w1 (N, C), b1, w2 (C, N), b2, the scale, the norm's two.
 
 
-@torch.library.custom_op("hornet_lit::norm_mlp", mutates_args=())
+@operation("norm_mlp")
 def _norm_mlp(
     x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], eps: float, residual: bool, keep: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     (w1_NC, b1_N, w2_CN, b2_C, scale_C, *norm), x, threads = parameters, rows(x_BCHW), torch.get_num_threads()
-    n, c = len(w1_NC), x_BCHW.shape[1]
+    n, c = w1_NC.shape[0], x_BCHW.shape[1]
     y_BCHW, hidden = map_like(x_BCHW, c), room_for_tiles(x_BCHW, n, w1_NC.dtype, keep)
-    hidden[1].fill_(threads)
-    fields = pointers(x=x, w1=w1_NC, b1=b1_N, w2=w2_CN, b2=b2_C, scale=scale_C, y=y_BCHW, h=hidden[0])
+    fields = pointers(x=x, w1=w1_NC, b1=b1_N, w2=w2_CN, b2=b2_C, scale=scale_C, y=y_BCHW)
+    if keep:
+        hidden[1].fill_(threads)
+        fields["h"] = pointer(hidden[0])
     arguments = Mlp(C=c, N=n, residual=residual, norm=Norm(*map(pointer, norm), eps), **fields)
     run_typed("mlp_forward", (x, w1_NC), arguments, x.numel() // c, threads)
     return y_BCHW, hidden
@@ -158,10 +165,10 @@ def _norm_mlp(
 @_norm_mlp.register_fake
 def _(x_BCHW, parameters, eps, residual, keep):  # type: ignore[no-untyped-def]
     w1_NC = parameters[0]
-    return map_like(x_BCHW, x_BCHW.shape[1]), room_for_tiles(x_BCHW, len(w1_NC), w1_NC.dtype, keep)
+    return map_like(x_BCHW, x_BCHW.shape[1]), room_for_tiles(x_BCHW, w1_NC.shape[0], w1_NC.dtype, keep)
 
 
-@torch.library.custom_op("hornet_lit::norm_mlp_backward", mutates_args=())
+@operation("norm_mlp_backward")
 def _norm_mlp_backward(
     dy_BCHW: torch.Tensor,
     x_BCHW: torch.Tensor,
@@ -171,14 +178,14 @@ def _norm_mlp_backward(
     residual: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     (w1_NC, _, w2_CN, b2_C, scale_C, *norm), x, dy = parameters, rows(x_BCHW), rows(dy_BCHW)
-    n, c, threads = len(w1_NC), x_BCHW.shape[1], int(hidden[1])
+    n, c, threads = w1_NC.shape[0], x_BCHW.shape[1], int(hidden[1])
     dx_BCHW, dvectors = map_like(x_BCHW, c), x_BCHW.new_empty(n + 3 * c, dtype=torch.float32)
     dw1_NC, dw2_CN, dscale_C = (torch.empty_like(t, dtype=torch.float32) for t in (w1_NC, w2_CN, scale_C))
     fields = pointers(x=x, w1=w1_NC, w2=w2_CN, b2=b2_C, scale=scale_C, h=hidden[0], dy=dy)
     fields |= pointers(dx=dx_BCHW, dw1=dw1_NC, dw2=dw2_CN, dvectors=dvectors, dscale=dscale_C)
     arguments = Mlp(C=c, N=n, residual=residual, norm=Norm(*map(pointer, norm), eps), **fields)
     run_typed("mlp_backward", (x, w1_NC), arguments, x.numel() // c, threads, workers([w1_NC, w2_CN], threads))
-    db1_N, db2_C, *dnorm = (v.clone() for v in dvectors.split([n, c, c, c]))
+    db1_N, db2_C, *dnorm = torch.split_with_sizes_copy(dvectors, [n, c, c, c])
     return dx_BCHW, [dw1_NC, db1_N, dw2_CN, db2_C, dscale_C, *dnorm]
 
 
@@ -190,7 +197,7 @@ def _(dy_BCHW, x_BCHW, hidden, parameters, eps, residual):  # type: ignore[no-un
 class _NormMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BCHW, eps, residual, dtype, *parameters):  # type: ignore[no-untyped-def]
-        ctx.eps, ctx.residual, ctx.columns = eps, residual, [p.shape[-1] for p in parameters]
+        ctx.eps, ctx.residual, ctx.sizes = eps, residual, [p.shape for p in parameters]
         parameters = [lowered(p, dtype) for p in parameters]
         y_BCHW, hidden = _norm_mlp(x_BCHW, parameters, eps, residual, True)
         ctx.save_for_backward(x_BCHW, *hidden, *parameters)
@@ -202,7 +209,7 @@ class _NormMlp(torch.autograd.Function):
         x_BCHW, tiles, threads, *parameters = ctx.saved_tensors
         hidden = tiles, threads
         dx_BCHW, dparameters = _norm_mlp_backward(dy_BCHW, x_BCHW, hidden, parameters, ctx.eps, ctx.residual)
-        return dx_BCHW, None, None, None, *raised(dparameters, ctx.columns)
+        return dx_BCHW, None, None, None, *raised(dparameters, ctx.sizes)
 
 
 def norm_mlp(
@@ -215,7 +222,7 @@ def norm_mlp(
     residual: bool,
 ) -> torch.Tensor:
     """``scale ⊙ down(GELU(up(norm(x))))``, plus x if ``residual``. The backward pass keeps x and up's output."""
-    n, c = len(up.weight), x_BCHW.shape[1]
+    n, c = up.weight.shape[0], x_BCHW.shape[1]
     w1_NC, w2_CN, dtype = fitting_weight(up, (n, c)), fitting_weight(down, (c, n)), weights_type(x_BCHW)
     b1_N, b2_C, *norms = map(vector, (up.bias, down.bias, norm.weight, norm.bias))
     parameters = w1_NC, b1_N, w2_CN, b2_C, fitting_scale(scale_C, x_BCHW), *norms
@@ -228,7 +235,7 @@ def norm_mlp(
 # and go through a norm first. Vectors: the layers' biases, the scale, the norm's two.
 
 
-@torch.library.custom_op("hornet_lit::gates", mutates_args=())
+@operation("gates")
 def _gates(
     p_BPHW: torch.Tensor,
     gates: Sequence[torch.Tensor],
@@ -239,7 +246,7 @@ def _gates(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     p, each, x = rows(p_BPHW), [rows(gate) for gate in gates], None if x_BCHW is None else rows(x_BCHW)
-    y_BCHW = map_like(p_BPHW, len(weights[-1]), dtype)
+    y_BCHW = map_like(p_BPHW, weights[-1].shape[0], dtype)
     arguments = _gates_arguments(p, each, weights, vectors, eps)
     arguments.x, arguments.y = pointer(x), pointer(y_BCHW)
     run_typed("gates_forward", (y_BCHW, p), arguments, p.numel() // p.shape[-1], torch.get_num_threads())
@@ -248,7 +255,7 @@ def _gates(
 
 @_gates.register_fake
 def _(p_BPHW, gates, weights, vectors, eps, x_BCHW, dtype):  # type: ignore[no-untyped-def]
-    return map_like(p_BPHW, len(weights[-1]), dtype)
+    return map_like(p_BPHW, weights[-1].shape[0], dtype)
 
 
 def _gates_arguments(
@@ -259,7 +266,7 @@ def _gates_arguments(
     eps: float,
 ) -> Gates:
     *biases, scale_C = vectors[: len(weights) + 1]
-    arguments = Gates(C=len(scale_C), order=len(weights), first=p.shape[-1], scale=pointer(scale_C))
+    arguments = Gates(C=scale_C.shape[0], order=len(weights), first=p.shape[-1], scale=pointer(scale_C))
     arguments.p, arguments.gates = pointer(p), pointer(gates[0])
     arguments.w, arguments.b = Pointers(*map(pointer, weights)), Pointers(*map(pointer, biases))
     if norm := vectors[len(weights) + 1 :]:
@@ -267,7 +274,7 @@ def _gates_arguments(
     return arguments
 
 
-@torch.library.custom_op("hornet_lit::gates_backward", mutates_args=())
+@operation("gates_backward")
 def _gates_backward(
     dy_BCHW: torch.Tensor,
     p_BPHW: torch.Tensor,
@@ -279,7 +286,7 @@ def _gates_backward(
     p, each, dy, threads = rows(p_BPHW), [rows(gate) for gate in gates], rows(dy_BCHW), torch.get_num_threads()
     dmaps = [map_like(p_BPHW, t.shape[-1]) for t in (p, *each)]
     dws, order = [torch.empty_like(w, dtype=torch.float32) for w in weights], len(weights)
-    biases, norm = [len(b) for b in vectors[:order]], [len(v) for v in vectors[order + 1 :]]
+    biases, norm = [b.shape[0] for b in vectors[:order]], [v.shape[0] for v in vectors[order + 1 :]]
     dvectors, dscale_C = dy.new_empty(sum(biases + norm), dtype=torch.float32), torch.empty_like(vectors[order])
     arguments = _gates_arguments(p, each, weights, vectors, eps)
     arguments.dy, arguments.dp, arguments.dgates = pointer(dy), pointer(dmaps[0]), pointer(dmaps[1])
@@ -287,7 +294,7 @@ def _gates_backward(
     arguments.dw = Pointers(*map(pointer, dws))
     arguments.dvectors, arguments.dscale = pointer(dvectors), pointer(dscale_C)
     run_typed("gates_backward", (dy, p), arguments, p.numel() // p.shape[-1], threads, workers(weights, threads))
-    each_vector = [v.clone() for v in dvectors.split(biases + norm)]
+    each_vector = list(torch.split_with_sizes_copy(dvectors, biases + norm))
     each_vector.insert(order, dscale_C)
     return dmaps, dws, each_vector
 
@@ -304,7 +311,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, sizes, eps, x_BCHW, p_BPHW, dtype, *others):  # type: ignore[no-untyped-def]
         ctx.sizes, ctx.eps, ctx.residual = sizes, eps, x_BCHW is not None
         gates, weights, vectors = _parted(others, sizes)
-        ctx.columns = [w.shape[1] for w in weights]
+        ctx.weights = [w.shape for w in weights]
         weights = [lowered(w, p_BPHW.dtype) for w in weights]
         ctx.save_for_backward(p_BPHW, *gates, *weights, *vectors)
         return _gates(p_BPHW, gates, weights, vectors, eps, x_BCHW, dtype)
@@ -315,7 +322,7 @@ class _Gated(torch.autograd.Function):
         p_BPHW, *others = ctx.saved_tensors
         (dp_BPHW, *dgates), dws, dvectors = _gates_backward(dy_BCHW, p_BPHW, *_parted(others, ctx.sizes), ctx.eps)
         dx_BCHW = dy_BCHW if ctx.residual else None
-        return None, None, dx_BCHW, dp_BPHW, None, *dgates, *raised(dws, ctx.columns), *dvectors
+        return None, None, dx_BCHW, dp_BPHW, None, *dgates, *raised(dws, ctx.weights), *dvectors
 
 
 def _parted(tensors: Sequence[torch.Tensor], sizes: tuple[int, int]) -> list[Sequence[torch.Tensor]]:
@@ -345,8 +352,8 @@ def gated(
     for gate in gates:
         if gate.shape != expected:
             raise ValueError(f"a filter must keep its map's shape {expected}, this one gave {tuple(gate.shape)}")
-    if norm is not None and len(norm.weight) != len(gates) * expected[1]:
-        raise ValueError(f"{len(gates) * expected[1]} channels do not fit a norm of {len(norm.weight)}")
+    if norm is not None and norm.weight.shape[0] != len(gates) * expected[1]:
+        raise ValueError(f"{len(gates) * expected[1]} channels do not fit a norm of {norm.weight.shape[0]}")
     widths = [p_BPHW.shape[1] << k for k in range(len(linears))]
     sizes = [*zip(widths[1:], widths[:-1], strict=True), (x_BCHW.shape[1], widths[-1])]
     weights = [fitting_weight(m, size) for m, size in zip(linears, sizes, strict=True)]

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from hornet_lit.network import native
-from hornet_lit.network.layers import exporting, observed
+from hornet_lit.network.layers import exporting, needed, observed
 from hornet_lit.network.native.arguments import Filter, Pointer, map_like, pointer
+from hornet_lit.network.operations import operation
 
 Size = tuple[int, int]
 Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -46,7 +47,9 @@ def filter_spectrum(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Te
     device = x_BCHW.device.type
     if device in LONGEST_SIDE and not exporting():
         if _by_kernel(x_BCHW, weight_CHF2):
-            return _Filter.apply(x_BCHW, weight_CHF2.float())
+            weight_CHF2 = weight_CHF2.float()
+            filtered = _Filter.apply if needed(x_BCHW, weight_CHF2) else _global_filter
+            return filtered(x_BCHW, weight_CHF2)
         autocast = torch.is_autocast_enabled(device) and x_BCHW.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else x_BCHW.dtype
         if max(height, width) <= LONGEST_SIDE[device].get(dtype, 0):
@@ -112,10 +115,10 @@ def _run(name: str, x_BHWC: torch.Tensor, **tensors: torch.Tensor) -> None:
     native.run("spectrum", name, arguments, torch.get_num_threads())
 
 
-@torch.library.custom_op("hornet_lit::global_filter", mutates_args=())
+@operation("global_filter")
 def _global_filter(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor:
-    weight_HF2C, y_BCHW = weight_CHF2.permute(1, 2, 3, 0).contiguous(), map_like(x_BCHW, x_BCHW.shape[1])
-    _run("filter", _pixels(x_BCHW), weight=weight_HF2C, y=y_BCHW)
+    y_BCHW = map_like(x_BCHW, x_BCHW.shape[1])
+    _run("filter", _pixels(x_BCHW), weight=weight_CHF2.contiguous(), y=y_BCHW)
     return y_BCHW
 
 
@@ -124,15 +127,15 @@ def _(x_BCHW, weight_CHF2):  # type: ignore[no-untyped-def]
     return torch.empty_like(x_BCHW, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("hornet_lit::global_filter_backward", mutates_args=())
+@operation("global_filter_backward")
 def _global_filter_backward(
     dy_BCHW: torch.Tensor, x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weight_HF2C, dx_BCHW = weight_CHF2.permute(1, 2, 3, 0).contiguous(), map_like(x_BCHW, x_BCHW.shape[1])
-    dweight_HF2C = torch.zeros_like(weight_HF2C)
+    weight_CHF2 = weight_CHF2.contiguous()
+    dx_BCHW, dweight_CHF2 = map_like(x_BCHW, x_BCHW.shape[1]), torch.empty_like(weight_CHF2)
     x_BHWC, dy_BHWC = _pixels(x_BCHW), _pixels(dy_BCHW)
-    _run("filter_backward", x_BHWC, weight=weight_HF2C, dy=dy_BHWC, dx=dx_BCHW, dweight=dweight_HF2C)
-    return dx_BCHW, dweight_HF2C.permute(3, 0, 1, 2).contiguous()
+    _run("filter_backward", x_BHWC, weight=weight_CHF2, dy=dy_BHWC, dx=dx_BCHW, dweight=dweight_CHF2)
+    return dx_BCHW, dweight_CHF2
 
 
 @_global_filter_backward.register_fake

@@ -266,7 +266,7 @@ def test_nothing_is_kept_without_gradients(options: dict, monkeypatch: pytest.Mo
     x_BCHW = maps(3, block.norm1.weight.numel(), 11, 7)
     with torch.no_grad():
         block(x_BCHW)
-    assert [t.numel() for tensors in kept for t in tensors] == [0, 0, 0, 0]
+    assert kept == [[], []]
     block(x_BCHW)
     assert all(t.numel() for tensors in kept[3:] for t in tensors)
 

@@ -41,7 +41,17 @@ void convolve(const Vec* x, const Vec* w, Vec bias, float* y, int64_t rows, int6
         }
 }
 
-// Each thread takes groups of channels of bands of images. w: (K, K, C); bias may be null.
+// w (C, N) to (N, C), by the threads that call this.
+inline void turn(const float* w, float* to, int64_t C, int64_t N) {
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < C; first += kLanes) {
+        const int64_t last = first + kLanes < C ? first + kLanes : C;
+        for (int64_t n = 0; n < N; ++n)
+            for (int64_t c = first; c < last; ++c) to[n * C + c] = w[c * N + n];
+    }
+}
+
+// Each thread takes groups of channels of bands of images. w: (C, K, K); bias may be null.
 template <int K>
 void convolves(const float* x, const float* w, const float* bias, float* y, int64_t B, int64_t H, int64_t W, int64_t C,
                int64_t threads) {
@@ -49,8 +59,10 @@ void convolves(const float* x, const float* w, const float* bias, float* y, int6
     const int64_t groups = (vectors(C) + kGroup - 1) / kGroup, bands = (H + kBand - 1) / kBand;
     const bool past = past_caches(y, B * H * W, C);
     const int64_t width = (W + kOutputs - 1) / kOutputs * kOutputs + K - 1, height = (H < kBand ? H : kBand) + K - 1;
+    float* turned = reinterpret_cast<float*>(allocated(vectors(K * K * C)));
 #pragma omp parallel num_threads(threads)
     {
+        turn(w, turned, C, K * K);
         const int64_t size = kGroup * height * width;
         Vec* packed = allocated(size);
         std::memset(packed, 0, size * sizeof(Vec));
@@ -74,7 +86,7 @@ void convolves(const float* x, const float* w, const float* bias, float* y, int6
                     for (int64_t m = 0; m < members; ++m) {
                         const int64_t c = first + m * kLanes;
                         Vec weights[K * K];
-                        for (int64_t k = 0; k < K * K; ++k) weights[k] = load(w + k * C + c, C - c);
+                        for (int64_t k = 0; k < K * K; ++k) weights[k] = load(turned + k * C + c, C - c);
                         const Vec start = bias ? load(bias + c, C - c) : Vec{};
                         float* to = y + ((b * H + top) * W) * C + c;
                         convolve<K>(packed + m * height * width, weights, start, to, rows, W, C, C - c, width, past);
@@ -83,6 +95,7 @@ void convolves(const float* x, const float* w, const float* bias, float* y, int6
         settle();
         std::free(packed);
     }
+    std::free(turned);
 }
 
 template <int K>
@@ -191,7 +204,7 @@ extern "C" int depthwise_weight_grad_bf16(const uint16_t* x, const uint16_t* dy,
     return dispatch(x, dy, dw, db, B, H, W, C, K, S, threads);
 }
 
-// x, y: (B, H, W, C) contiguous; w: (K, K, C) and bias: (C) or null. Gives 0, or 1 for a K that is not built in.
+// x, y: (B, H, W, C) contiguous; w: (C, K, K) and bias: (C) or null. Gives 0, or 1 for a K that is not built in.
 extern "C" int depthwise_conv_f32(const float* x, const float* w, const float* bias, float* y, int64_t B, int64_t H,
                                   int64_t W, int64_t C, int64_t K, int64_t threads) {
     switch (K) {

@@ -17,12 +17,13 @@ template <class T>
 struct Filter {
     const T *x, *dy;  // (B, H, W) pixels, `x_pitch` and `dy_pitch` elements apart
     int64_t B, H, W, C, x_pitch, dy_pitch;
-    const float* weight;  // (H, F, 2, C)
+    const float* weight;  // (C, H, F, 2)
     // (G, W), (L, L), (L, L), (W, G): there and back, and the turned ones for gradients.
     const float *along_w, *along_h, *back_h, *back_w, *turned_w, *turned_h, *turned_back_h, *turned_back_w;
     T *y, *dx;       // (B, H, W, C)
-    float* dweight;  // (H, F, 2, C)
+    float* dweight;  // (C, H, F, 2)
     int64_t columns() const { return W / 2 + 1; }
+    int64_t numbers() const { return 2 * H * columns(); }
     int64_t map() const { return H * (W + 2); }  // room for a map or for its spectrum, of vectors
 };
 
@@ -68,22 +69,31 @@ void read(const Filter<T>& a, const T* x, int64_t pitch, int64_t b, int64_t c, V
 }
 
 // run(at, real, imag, by_real, by_imag) for each of the H × F numbers of a spectrum: its place, those of its two parts,
-// and the weight it is multiplied with.
+// and the weight it is multiplied with, of (H, F, 2, C) weights.
 template <class T, class Run>
-inline void for_numbers(const Filter<T>& a, int64_t c, Run run) {
+inline void for_numbers(const Filter<T>& a, const float* weights, int64_t c, Run run) {
     const int64_t F = a.columns();
     for (int64_t row = 0; row < a.H; ++row)
         for (int64_t f = 0; f < F; ++f) {
             const int64_t at = row * F + f, real = at + row * F;
-            const float* weight = a.weight + at * 2 * a.C + c;
+            const float* weight = weights + at * 2 * a.C + c;
             run(at, real, real + F, load(weight, a.C - c), load(weight + a.C, a.C - c));
         }
+}
+
+// The weight as (H, F, 2, C).
+template <class X>
+float* turned(const Filter<X>& a, int64_t T) {
+    float* to = reinterpret_cast<float*>(allocated(vectors(a.numbers() * a.C)));
+    turn_matrix(a.weight, a.numbers(), a.C, a.numbers(), to, a.C, T);
+    return to;
 }
 
 template <class X>
 void filter(const Filter<X>& a, int64_t T) {
     const int64_t groups = vectors(a.C);
     const bool past = sizeof(X) == sizeof(float) && past_caches(a.y, a.B * a.H * a.W, a.C);
+    float* weights = turned(a, T);
 #pragma omp parallel num_threads(T)
     {
         Vec *map = allocated(3 * a.map()), *between = map + a.map(), *spectrum = between + a.map();
@@ -93,7 +103,7 @@ void filter(const Filter<X>& a, int64_t T) {
                 const int64_t c = group * kLanes;
                 read(a, a.x, a.x_pitch, b, c, map);
                 there(a, a.along_w, a.along_h, map, between, spectrum);
-                for_numbers(a, c, [&](int64_t, int64_t real, int64_t imag, Vec by_real, Vec by_imag) {
+                for_numbers(a, weights, c, [&](int64_t, int64_t real, int64_t imag, Vec by_real, Vec by_imag) {
                     const Vec was = spectrum[real];
                     spectrum[real] = was * by_real - spectrum[imag] * by_imag;
                     spectrum[imag] = spectrum[imag] * by_real + was * by_imag;
@@ -106,12 +116,15 @@ void filter(const Filter<X>& a, int64_t T) {
         settle();
         std::free(map);
     }
+    std::free(weights);
 }
 
 template <class X>
 void filter_backward(const Filter<X>& a, int64_t T) {
     const int64_t groups = vectors(a.C);
     const bool past = sizeof(X) == sizeof(float) && past_caches(a.dx, a.B * a.H * a.W, a.C);
+    float *weights = turned(a, T), *dweights = reinterpret_cast<float*>(allocated(vectors(a.numbers() * a.C)));
+    if (a.B == 0) std::memset(dweights, 0, a.numbers() * a.C * sizeof(float));
 #pragma omp parallel num_threads(T)
     {
         Vec *map = allocated(4 * a.map()), *between = map + a.map(), *spectrum = between + a.map();
@@ -124,8 +137,8 @@ void filter_backward(const Filter<X>& a, int64_t T) {
                 there(a, a.along_w, a.along_h, map, between, spectrum);
                 read(a, a.dy, a.dy_pitch, b, c, map);
                 there(a, a.turned_back_w, a.turned_back_h, map, between, d);
-                for_numbers(a, c, [&](int64_t at, int64_t r, int64_t i, Vec by_real, Vec by_imag) {
-                    float* sums = a.dweight + at * 2 * a.C + c;
+                for_numbers(a, weights, c, [&](int64_t at, int64_t r, int64_t i, Vec by_real, Vec by_imag) {
+                    float* sums = dweights + at * 2 * a.C + c;
                     const Vec by_r = d[r] * spectrum[r] + d[i] * spectrum[i];
                     const Vec by_i = d[i] * spectrum[r] - d[r] * spectrum[i];
                     store(b ? load(sums, a.C - c) + by_r : by_r, sums, a.C - c);
@@ -142,6 +155,9 @@ void filter_backward(const Filter<X>& a, int64_t T) {
         settle();
         std::free(map);
     }
+    turn_matrix(dweights, a.C, a.numbers(), a.C, a.dweight, a.numbers(), T);
+    std::free(weights);
+    std::free(dweights);
 }
 
 }  // namespace

@@ -127,16 +127,8 @@ void add_lanes(const Vec* d, int64_t N, Vec* lanes, int64_t pitch = V) {
 // w (N, K) to (K, N), the rows of both whole.
 template <class Dot, class T = typename Dot::Element>
 T* turned_weight(const T* w, int64_t N, int64_t K, int64_t threads) {
-    const int64_t from_pitch = whole<Dot>(K), to_pitch = whole<Dot>(N);
-    T* to = reinterpret_cast<T*>(allocated(vectors(K * to_pitch)));
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < N; n += kLanes)
-        for (int64_t k = 0; k < K; k += kLanes) {
-            Vec r[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i) r[i] = n + i < N ? load(w + (n + i) * from_pitch + k, K - k) : Vec{};
-            transpose(r);
-            for (int64_t i = 0; i < kLanes && k + i < K; ++i) store(r[i], to + (k + i) * to_pitch + n, to_pitch - n);
-        }
+    T* to = reinterpret_cast<T*>(allocated(vectors(K * whole<Dot>(N))));
+    turn_matrix(w, whole<Dot>(K), N, K, to, whole<Dot>(N), threads);
     return to;
 }
 

@@ -291,6 +291,19 @@ void norm_back(Vec* d, const Vec* x, const Vec* inverse, int64_t C, const Norm& 
         }
 }
 
+// A matrix (N, K) to (K, N), with rows `pitch` and `to_pitch` elements apart; the latter are filled up with 0.
+template <class T>
+void turn_matrix(const T* from, int64_t pitch, int64_t N, int64_t K, T* to, int64_t to_pitch, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < N; n += kLanes)
+        for (int64_t k = 0; k < K; k += kLanes) {
+            Vec r[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) r[i] = n + i < N ? load(from + (n + i) * pitch + k, K - k) : Vec{};
+            transpose(r);
+            for (int64_t i = 0; i < kLanes && k + i < K; ++i) store(r[i], to + (k + i) * to_pitch + n, to_pitch - n);
+        }
+}
+
 template <class Run>
 void with_size(int64_t V, Run run) {
     if (V == kMaxV) {
