@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+LIBRARY = torch.library.Library("hornet_lit", "FRAGMENT")
 PLAIN = (torch.Tensor, nn.Parameter)
 
 
@@ -24,14 +25,16 @@ def operation(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """
 
     def registered(function: Callable[..., Any]) -> Callable[..., Any]:
-        custom_op = torch.library.custom_op(f"hornet_lit::{name}", function, mutates_args=())
+        LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        custom_op = getattr(torch.ops.hornet_lit, name).default
 
         @functools.wraps(function)
         def called(first: Any, *others: Any) -> Any:
             traced = torch.compiler.is_compiling() or _dispatched(first)
             return custom_op(first, *others) if traced else function(first, *others)
 
-        called.register_fake = custom_op.register_fake  # type: ignore[attr-defined]
+        called.register_fake = torch.library.register_fake(f"hornet_lit::{name}", lib=LIBRARY)  # type: ignore[attr-defined]
         return called
 
     return registered
