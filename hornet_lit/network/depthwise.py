@@ -21,10 +21,12 @@ from torch.autograd.function import once_differentiable
 
 from hornet_lit.network import native
 from hornet_lit.network.layers import needed, observed
-from hornet_lit.network.native.arguments import Int, Pointer, map_like, pointer, rows
+from hornet_lit.network.native.arguments import Convolution, Int, Pointer, map_like, pointer, rows
+from hornet_lit.network.native.steps import Call, Steps
 from hornet_lit.network.operations import operation
 
 KERNEL_SIZES = (3, 5, 7, 9, 11)
+CONVOLUTIONS = {torch.float32: "depthwise_conv_f32", torch.bfloat16: "depthwise_conv_bf16"}
 SYMBOLS = {torch.float32: "depthwise_weight_grad_f32", torch.bfloat16: "depthwise_weight_grad_bf16"}
 TRITON_KERNELS = frozenset({"forward", "weight_grad"})  # the input gradient is a forward too
 TRITON_DEVICE, TRITON_TYPES = "cuda", (torch.float32, torch.bfloat16, torch.float16)
@@ -45,19 +47,28 @@ TRITON = _asked_for(os.environ.get("HORNET_LIT_TRITON", ""))
 
 def depthwise_conv2d(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
     """Depth-wise K×K convolution, stride 1, zero-padded to keep H×W: `F.conv2d` with another way back on CPUs."""
+    if observed():
+        return _by_library(x_BCHW, weight_C1KK, bias_C)
     device = x_BCHW.device.type
+    x_BCHW, weight_C1KK, bias_C = _as_under_autocast(x_BCHW, weight_C1KK, bias_C)
     trained = needed(weight_C1KK)
     by_triton = device == TRITON_DEVICE and ("forward" in TRITON or (trained and "weight_grad" in TRITON))
     own = by_triton or (device == "cpu" and (trained or _by_native(x_BCHW, weight_C1KK, bias_C)))
-    if not own or observed():
-        return F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x_BCHW, weight_C1KK = x_BCHW.to(dtype), weight_C1KK.to(dtype)
-        bias_C = None if bias_C is None else bias_C.to(dtype)
-    if needed(x_BCHW, weight_C1KK, bias_C):
+    if own and needed(x_BCHW, weight_C1KK, bias_C):
         return _DepthwiseConv.apply(x_BCHW, weight_C1KK, bias_C)
-    return _convolved(x_BCHW, weight_C1KK, bias_C)
+    return (_convolved if own else _by_library)(x_BCHW, weight_C1KK, bias_C)
+
+
+def _as_under_autocast(x_BCHW: torch.Tensor, *parameters: torch.Tensor | None) -> list[torch.Tensor | None]:
+    device = x_BCHW.device.type
+    if not torch.is_autocast_enabled(device) or x_BCHW.dtype == torch.float64:  # which autocast leaves alone
+        return [x_BCHW, *parameters]
+    dtype = torch.get_autocast_dtype(device)
+    return [None if t is None else t.to(dtype) for t in (x_BCHW, *parameters)]
+
+
+def _by_library(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
+    return F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
 
 
 class _DepthwiseConv(torch.autograd.Function):
@@ -84,7 +95,7 @@ class _DepthwiseConv(torch.autograd.Function):
 def _convolved(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
     if _by_triton("forward", x_BCHW) or _by_native(x_BCHW, weight_C1KK, bias_C):
         return depthwise_conv(x_BCHW, weight_C1KK, bias_C)
-    return F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
+    return _by_library(x_BCHW, weight_C1KK, bias_C)
 
 
 @operation("depthwise_conv")
@@ -93,19 +104,31 @@ def depthwise_conv(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torc
     if _by_triton("forward", x_BCHW) and (triton := _triton()) is not None:
         return triton.convolve(x_BCHW, weight_C1KK, bias_C)
     if _by_native(x_BCHW, weight_C1KK, bias_C):
-        return _native_conv(x_BCHW, weight_C1KK, bias_C)
-    y_BCHW = F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=weight_C1KK.shape[-1] // 2, groups=len(weight_C1KK))
-    return y_BCHW.contiguous(memory_format=torch.channels_last)
+        y_BCHW = map_like(x_BCHW, x_BCHW.shape[1])
+        _conv_call(x_BCHW, weight_C1KK, bias_C, y_BCHW).run(torch.get_num_threads())
+        return y_BCHW
+    return _by_library(x_BCHW, weight_C1KK, bias_C).contiguous(memory_format=torch.channels_last)
 
 
-def _native_conv(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
-    x_BHWC, k = rows(x_BCHW), weight_C1KK.shape[-1]
+def _conv_call(
+    x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None, y_BCHW: torch.Tensor
+) -> Call:
+    x_BHWC = rows(x_BCHW)
     b, h, w, c = x_BHWC.shape
-    y_BCHW = map_like(x_BCHW, c)
     tensors = x_BHWC, weight_C1KK.contiguous(), None if bias_C is None else bias_C.contiguous(), y_BCHW
-    kernel = native.library("depthwise").depthwise_conv_f32
-    failed = kernel(*(Pointer(pointer(t)) for t in tensors), *map(Int, (b, h, w, c, k, torch.get_num_threads())))
-    assert not failed, f"no kernel for K = {k}"
+    arguments = Convolution(*map(pointer, tensors), b, h, w, c, weight_C1KK.shape[-1])
+    return Call("depthwise", CONVOLUTIONS[x_BCHW.dtype], arguments, tensors)
+
+
+def depthwise_conv2d_in_turn(
+    x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None, steps: Steps
+) -> torch.Tensor | None:
+    """`depthwise_conv2d` as a call to be made later, added to ``steps``; None where no kernel serves."""
+    x_BCHW, weight_C1KK, bias_C = _as_under_autocast(x_BCHW, weight_C1KK, bias_C)
+    if not _by_native(x_BCHW, weight_C1KK, bias_C):
+        return None
+    y_BCHW = steps.map_like(x_BCHW, x_BCHW.shape[1])
+    steps.calls.append(_conv_call(x_BCHW, weight_C1KK, bias_C, y_BCHW))
     return y_BCHW
 
 
@@ -149,14 +172,14 @@ def _(x_BCHW: torch.Tensor, grad_BCHW: torch.Tensor, kernel_size: int) -> tuple[
 
 
 def _by_native(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> bool:
-    cpu = x_BCHW.device.type == "cpu" and x_BCHW.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not cpu or x_BCHW.ndim != 4 or weight_C1KK.shape[-1] not in KERNEL_SIZES:
+    dtype = x_BCHW.dtype
+    if not x_BCHW.is_cpu or dtype not in CONVOLUTIONS or x_BCHW.ndim != 4:
         return False
     # What does not fit is left to the library, which says so.
     channels, k = x_BCHW.shape[1], weight_C1KK.shape[-1]
-    if weight_C1KK.dtype != torch.float32 or weight_C1KK.shape != (channels, 1, k, k):
+    if k not in KERNEL_SIZES or weight_C1KK.dtype != dtype or weight_C1KK.shape != (channels, 1, k, k):
         return False
-    if bias_C is not None and (bias_C.dtype != torch.float32 or bias_C.shape != (channels,)):
+    if bias_C is not None and (bias_C.dtype != dtype or bias_C.shape != (channels,)):
         return False
     return native.offers("depthwise", "depthwise_conv_f32")
 

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, trunc_normal_
 from torch import nn
 
-from hornet_lit.network.depthwise import depthwise_conv2d
+from hornet_lit.network.depthwise import depthwise_conv2d, depthwise_conv2d_in_turn
 from hornet_lit.network.fused import usable_norm
 from hornet_lit.network.layers import changed
-from hornet_lit.network.spectrum import Size, filter_spectrum
+from hornet_lit.network.native.steps import Steps
+from hornet_lit.network.spectrum import Size, filter_spectrum, filter_spectrum_in_turn
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -48,6 +49,14 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias * self.scale
         return depthwise_conv2d(x_BCHW, self.weight * self.scale, bias)
+
+    def filtered_in_turn(self, x_BCHW: torch.Tensor, *, steps: Steps) -> list[torch.Tensor] | None:
+        """`forward` by a kernel whose call is added to ``steps``, to be made later; None if that would be another."""
+        if type(self).forward is not DepthwiseConv.forward or changed(self):
+            return None
+        bias = None if self.bias is None else self.bias * self.scale
+        y_BCHW = depthwise_conv2d_in_turn(x_BCHW, self.weight * self.scale, bias, steps)
+        return None if y_BCHW is None else [y_BCHW]
 
 
 class GlobalLocalFilter(nn.Module):
@@ -93,6 +102,14 @@ class GlobalLocalFilter(nn.Module):
         """Both halves between the two norms."""
         local_BCHW = depthwise_conv2d(local_BCHW, self.dw.weight, None)
         return local_BCHW, filter_spectrum(global_BCHW, self.complex_weight).to(local_BCHW.dtype)
+
+    def filtered_in_turn(
+        self, local_BCHW: torch.Tensor, global_BCHW: torch.Tensor, *, steps: Steps
+    ) -> list[torch.Tensor] | None:
+        """`filtered` by kernels whose calls are added to ``steps``, to be made later; None where none serve."""
+        local_BCHW = depthwise_conv2d_in_turn(local_BCHW, self.dw.weight, None, steps)
+        global_BCHW = filter_spectrum_in_turn(global_BCHW, self.complex_weight, steps)
+        return None if local_BCHW is None or global_BCHW is None else [local_BCHW, global_BCHW]
 
     def fusible_norms(self, channels: int, dtype: torch.dtype) -> tuple[LayerNorm2d, LayerNorm2d, float] | None:
         """Both norms, and the factor upon the second, for a caller who fuses them with its own operations and calls

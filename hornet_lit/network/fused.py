@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,22 @@ from torch import nn
 from hornet_lit.network import native
 from hornet_lit.network.layers import GELU, ChannelLinear, changed, observed
 from hornet_lit.network.native.arguments import pointer
-from hornet_lit.network.operations import PLAIN
+from hornet_lit.network.native.steps import Call
+from hornet_lit.network.operations import PLAIN, dispatched
 
 MOST_BYTES = 2**30  # for all threads' sums in a backward kernel: few threads for wide layers on large machines
+EVEN = 16  # images a thread from which on one more for some threads matters little
 LEAST_EPSILON = 2.0**-126  # the kernels' is a float
 LINEAR, NORM = (nn.Conv2d, ChannelLinear), (LayerNorm2d,)
+
+
+def may_take_turns(x_BCHW: torch.Tensor) -> bool:
+    """Whether each thread may take whole images through several kernels, which spares waiting and dispatch: nobody
+    needs gradients or looks in between, and the images share evenly."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x_BCHW.is_cpu or x_BCHW.ndim != 4:
+        return False
+    batch, threads = x_BCHW.shape[0], torch.get_num_threads()
+    return (batch % threads == 0 or batch >= EVEN * threads) and batch > 0 and not dispatched(x_BCHW)
 
 
 def usable(x_BCHW: torch.Tensor, norm: nn.Module, *linears: nn.Module, act: nn.Module | None = None) -> bool:
@@ -86,11 +98,11 @@ def _built(pairs: bool) -> bool:
     return floats and (not pairs or native.offers("pixelwise_bf16", "mlp_forward_bf16"))
 
 
-def run_typed(name: str, like: Sequence[torch.Tensor], arguments: ctypes.Structure, *sizes: int) -> None:
+def typed_call(name: str, like: Sequence[torch.Tensor], arguments: ctypes.Structure, *tensors: Any) -> Call:
     """The kernel for a residual stream and weights of these tensors' types."""
     stream, weights = (tensor.dtype for tensor in like)
     suffix = "mixed" if stream != weights else "f32" if stream == torch.float32 else "bf16"
-    native.run("pixelwise" if suffix == "f32" else "pixelwise_bf16", f"{name}_{suffix}", arguments, *sizes)
+    return Call("pixelwise" if suffix == "f32" else "pixelwise_bf16", f"{name}_{suffix}", arguments, tensors)
 
 
 def pointers(**tensors: torch.Tensor | None) -> dict[str, int | None]:

@@ -15,6 +15,7 @@ from hornet_lit.network.filters import Size
 from hornet_lit.network.fused import promoted, usable
 from hornet_lit.network.layers import Recomputing, changed
 from hornet_lit.network.native.arguments import MAX_ORDER
+from hornet_lit.network.native.steps import Steps
 from hornet_lit.network.pixelwise import gated, norm_linear
 
 FilterFactory = Callable[..., nn.Module]
@@ -69,6 +70,25 @@ class GnConv(Recomputing):
     ) -> torch.Tensor | None:
         """``scale ⊙ gnConv(norm(x))``, plus x if ``residual``, in two fused operations and the filter, whose own norms
         they compute too where it leaves those to them (see `filters`); None where they cannot serve."""
+        return self._normed(x_BCHW, norm, scale_C, residual, None)
+
+    def normed_in_turn(
+        self, x_BCHW: torch.Tensor, norm: LayerNorm2d, scale_C: torch.Tensor | None, *, steps: Steps
+    ) -> torch.Tensor | None:
+        """`normed`, plus x, by kernels alone whose calls are added to ``steps``, to be made later; None where one of
+        them cannot serve."""
+        if not hasattr(type(self.dwconv), "filtered_in_turn"):
+            return None
+        return self._normed(x_BCHW, norm, scale_C, True, steps)
+
+    def _normed(
+        self,
+        x_BCHW: torch.Tensor,
+        norm: LayerNorm2d,
+        scale_C: torch.Tensor | None,
+        residual: bool,
+        steps: Steps | None,
+    ) -> torch.Tensor | None:
         x_BCHW, linears = promoted(x_BCHW, scale_C), [*self.pws, self.proj_out]
         if type(self).forward is not GnConv.forward or changed(self) or len(linears) > MAX_ORDER:
             return None
@@ -77,10 +97,15 @@ class GnConv(Recomputing):
         norms = None
         if hasattr(type(self.dwconv), "fusible_norms"):  # as of a mixer: not what a wrapper only hands on
             norms = self.dwconv.fusible_norms(sum(self.widths), x_BCHW.dtype)
-        if norms is None:
-            p_BCHW, q_BQHW = norm_linear(x_BCHW, norm, self.proj_in, self.widths[0])
-            return gated(x_BCHW, p_BCHW, [self.dwconv(q_BQHW)], linears, scale_C, residual=residual)
-        before, after, factor = norms
-        p_BCHW, *halves = norm_linear(x_BCHW, norm, self.proj_in, self.widths[0], then=before)
-        gates = self.dwconv.filtered(*halves)
-        return gated(x_BCHW, p_BCHW, gates, linears, scale_C, residual=residual, norm=after, factor=factor)
+            if norms is None and steps is not None:
+                return None
+        before, after, factor = norms or (None, None, 1.0)
+        p_BCHW, *maps = norm_linear(x_BCHW, norm, self.proj_in, self.widths[0], then=before, steps=steps)
+        if steps is not None:
+            gates = self.dwconv.filtered_in_turn(*maps, steps=steps)
+        else:
+            gates = [self.dwconv(*maps)] if norms is None else self.dwconv.filtered(*maps)
+        if gates is None:
+            return None
+        options = {"residual": residual, "norm": after, "factor": factor, "steps": steps}
+        return gated(x_BCHW, p_BCHW, gates, linears, scale_C, **options)

@@ -15,8 +15,9 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from hornet_lit.network.filters import Size
-from hornet_lit.network.fused import usable
-from hornet_lit.network.layers import GELU, ChannelLinear, Recomputing
+from hornet_lit.network.fused import may_take_turns, usable
+from hornet_lit.network.layers import GELU, ChannelLinear, Recomputing, changed
+from hornet_lit.network.native.steps import Steps
 from hornet_lit.network.pixelwise import norm_mlp
 
 MixerFactory = Callable[..., nn.Module]
@@ -85,15 +86,32 @@ class Block(Recomputing):
             return None
         return self.gnconv.normed(x_BCHW, self.norm1, self.gamma1, residual=residual)
 
-    def _fused_mlp(self, x_BCHW: torch.Tensor, residual: bool) -> torch.Tensor | None:
+    def _fused_mlp(self, x_BCHW: torch.Tensor, residual: bool, steps: Steps | None = None) -> torch.Tensor | None:
         if not usable(x_BCHW, self.norm2, self.pwconv1, self.pwconv2, act=self.act):
             return None
-        return norm_mlp(x_BCHW, self.norm2, self.pwconv1, self.pwconv2, self.gamma2, residual=residual)
+        layers = self.norm2, self.pwconv1, self.pwconv2
+        return norm_mlp(x_BCHW, *layers, self.gamma2, residual=residual, steps=steps)
+
+    def in_turn(self, x_BCHW: torch.Tensor, steps: Steps) -> torch.Tensor | None:
+        """`forward` by kernels alone whose calls are added to ``steps``, to be made later; None where one of them
+        cannot serve, or somebody needs to see this block's own input and output."""
+        dropping = self.training and not isinstance(self.drop_path, nn.Identity)
+        if dropping or type(self).forward is not Block.forward or changed(self):
+            return None
+        if not hasattr(type(self.gnconv), "normed_in_turn"):
+            return None
+        made, steps.taken = len(steps.calls), 0
+        y_BCHW = self.gnconv.normed_in_turn(x_BCHW, self.norm1, self.gamma1, steps=steps)
+        if y_BCHW is not None:
+            y_BCHW = self._fused_mlp(y_BCHW, True, steps)
+        if y_BCHW is None:
+            del steps.calls[made:]
+        return y_BCHW
 
     def _activated(self, hidden_BCHW: torch.Tensor) -> torch.Tensor:
         """GELU; in place, so that the block's largest tensor exists once, where no hook can have kept its input."""
         hooks = self.pwconv1._forward_hooks or self.act._forward_pre_hooks or self.act._forward_hooks
-        if hooks or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if hooks or type(self.act) is not GELU or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.act(hidden_BCHW)
         return self.act(hidden_BCHW, overwrite=True)
 
@@ -337,9 +355,12 @@ class HorNet(nn.Module):
 
     def _stage(self, i: int, x_BCHW: torch.Tensor) -> torch.Tensor:
         x_BCHW = self.downsample_layers[i](x_BCHW)
+        stage = self.stages[i]
         if i in self.grad_checkpointing and self.training:
-            return checkpoint_seq(self.stages[i], x_BCHW)
-        return self.stages[i](x_BCHW)
+            return checkpoint_seq(stage, x_BCHW)
+        if may_take_turns(x_BCHW) and type(stage) is nn.Sequential and not changed(stage):
+            return _in_turn(stage, x_BCHW)
+        return stage(x_BCHW)
 
     def _norm_last(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         return self.norm(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -356,3 +377,18 @@ class HorNet(nn.Module):
                 f"images of {height}×{width} vanish in a network of stride {self.stride}: use at least "
                 f"{self.stride}×{self.stride}, or a variant with a smaller stem (hornet_*_32)"
             )
+
+
+def _in_turn(stage: nn.Sequential, x_BCHW: torch.Tensor) -> torch.Tensor:
+    """A stage's blocks, where possible by kernels that each thread runs for its images through all of them: threads
+    wait for each other, and for Python, once a stage."""
+    steps, start_BCHW = Steps(), x_BCHW
+    for block in stage:
+        y_BCHW = block.in_turn(x_BCHW, steps) if isinstance(block, Block) else None
+        if y_BCHW is None:
+            steps.run(start_BCHW)
+            steps, start_BCHW = Steps(), block(x_BCHW)
+            y_BCHW = start_BCHW
+        x_BCHW = y_BCHW
+    steps.run(start_BCHW)
+    return x_BCHW

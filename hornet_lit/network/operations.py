@@ -31,7 +31,7 @@ def operation(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
         @functools.wraps(function)
         def called(first: Any, *others: Any) -> Any:
-            traced = torch.compiler.is_compiling() or _dispatched(first)
+            traced = torch.compiler.is_compiling() or dispatched(first)
             return custom_op(first, *others) if traced else function(first, *others)
 
         called.register_fake = torch.library.register_fake(f"hornet_lit::{name}", lib=LIBRARY)  # type: ignore[attr-defined]
@@ -40,7 +40,8 @@ def operation(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return registered
 
 
-def _dispatched(first: Any) -> bool:
+def dispatched(first: Any) -> bool:
+    """Whether the dispatcher has to hear of a call with this first tensor, or list of tensors."""
     tensor = first if isinstance(first, torch.Tensor) else first[0]
     if type(tensor) not in PLAIN or tensor.is_meta:
         return True

@@ -1,12 +1,15 @@
 """What HorNet does within a pixel, in three fused CPU operations, forward and backward: LayerNorm and a linear layer;
 gnConv's gated interactions and output projection; LayerNorm, MLP and residual. Where they may run: see `fused`.
 
+Given ``steps``, where no gradient is recorded, they add their kernel's call to those and do not make it: the maps they
+give are filled when the steps run.
+
 Shapes: B batch, C channels, H height, W width, N hidden channels, P channels of gnConv's p_0, Q = 2C - P.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.layers import LayerNorm2d
@@ -20,14 +23,17 @@ from hornet_lit.network.fused import (
     pointers,
     raised,
     room_for_tiles,
-    run_typed,
+    typed_call,
     vector,
     weights_type,
     workers,
 )
 from hornet_lit.network.layers import needed
 from hornet_lit.network.native.arguments import Gates, Linear, Mlp, Norm, Pointers, map_like, pointer, rows
+from hornet_lit.network.native.steps import Call, Steps
 from hornet_lit.network.operations import operation
+
+NewMap = Callable[[torch.Tensor, int, torch.dtype], torch.Tensor]
 
 # LayerNorm and a linear layer, whose output is split in two: P channels, and the rest. If a second norm follows upon
 # the rest, its halves are maps of their own. Parameters: weight (N, C), bias, the norm's two, the second norm's two.
@@ -37,14 +43,31 @@ from hornet_lit.network.operations import operation
 def _norm_linear(
     x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], eps: Sequence[float], first: int, keep: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    maps, kept = _linear_outputs(x_BCHW, parameters, first, keep)
-    x, threads = rows(x_BCHW), torch.get_num_threads()
+    call, maps, kept = _linear_call(x_BCHW, parameters, eps, first, keep)
+    call.run(_pixels(x_BCHW), torch.get_num_threads())
+    return maps, kept
+
+
+def _linear_call(
+    x_BCHW: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    eps: Sequence[float],
+    first: int,
+    keep: bool,
+    new_map: NewMap = map_like,
+) -> tuple[Call, list[torch.Tensor], list[torch.Tensor]]:
+    maps, kept = _linear_outputs(x_BCHW, parameters, first, keep, new_map)
+    x = rows(x_BCHW)
     if kept:
-        kept[1].fill_(threads)
+        kept[1].fill_(torch.get_num_threads())
     arguments = _linear_arguments(x, parameters, eps, first, maps, kept)
     arguments.b = pointer(parameters[1])
-    run_typed("linear_forward", (x, maps[0]), arguments, x.numel() // x.shape[-1], threads)
-    return maps, kept
+    return typed_call("linear_forward", (x, maps[0]), arguments, x, parameters, maps), maps, kept
+
+
+def _pixels(x_BCHW: torch.Tensor) -> int:
+    b, _, h, w = x_BCHW.shape
+    return b * h * w
 
 
 @_norm_linear.register_fake
@@ -53,13 +76,17 @@ def _(x_BCHW, parameters, eps, first, keep):  # type: ignore[no-untyped-def]
 
 
 def _linear_outputs(
-    x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], first: int, keep: bool
+    x_BCHW: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    first: int,
+    keep: bool,
+    new_map: NewMap = map_like,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     weight_NC, twice = parameters[0], len(parameters) > 4
     rest = weight_NC.shape[0] - first
     widths = [first, rest - rest // 2, rest // 2] if twice else [first, rest]
     kept = room_for_tiles(x_BCHW, rest, weight_NC.dtype, keep and twice)
-    return [map_like(x_BCHW, width, weight_NC.dtype) for width in widths], kept
+    return [new_map(x_BCHW, width, weight_NC.dtype) for width in widths], kept
 
 
 def _linear_arguments(
@@ -95,7 +122,7 @@ def _norm_linear_backward(
     arguments = _linear_arguments(x, parameters, eps, maps[0].shape[-1], maps, kept)
     arguments.dx, arguments.dw, arguments.dvectors = map(pointer, (dx_BCHW, dw_NC, dvectors))
     sizes = x.numel() // x.shape[-1], threads, workers([weight_NC], threads)
-    run_typed("linear_backward", (x, weight_NC), arguments, *sizes)
+    typed_call("linear_backward", (x, weight_NC), arguments).run(*sizes)
     return dx_BCHW, [dw_NC, *torch.split_with_sizes_copy(dvectors, lengths)]
 
 
@@ -124,7 +151,12 @@ class _NormLinear(torch.autograd.Function):
 
 
 def norm_linear(
-    x_BCHW: torch.Tensor, norm: LayerNorm2d, linear: nn.Conv2d, first: int, then: LayerNorm2d | None = None
+    x_BCHW: torch.Tensor,
+    norm: LayerNorm2d,
+    linear: nn.Conv2d,
+    first: int,
+    then: LayerNorm2d | None = None,
+    steps: Steps | None = None,
 ) -> Sequence[torch.Tensor]:
     """``linear(norm(x))``, its first ``first`` channels and the rest, as maps of their own.
 
@@ -140,7 +172,12 @@ def norm_linear(
     parameters, eps = [weight_NC, *map(vector, vectors)], [n.eps for n in norms]
     if needed(x_BCHW, *parameters):
         return _NormLinear.apply(x_BCHW, eps, first, dtype, *parameters)
-    return _norm_linear(x_BCHW, [lowered(p, dtype) for p in parameters], eps, first, False)[0]
+    parameters = [lowered(p, dtype) for p in parameters]
+    if steps is None:
+        return _norm_linear(x_BCHW, parameters, eps, first, False)[0]
+    call, maps, _ = _linear_call(x_BCHW, parameters, eps, first, False, steps.map_like)
+    steps.calls.append(call)
+    return maps
 
 
 # LayerNorm, MLP and residual. Parameters: w1 (N, C), b1, w2 (C, N), b2, the scale, the norm's two.
@@ -150,16 +187,28 @@ def norm_linear(
 def _norm_mlp(
     x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], eps: float, residual: bool, keep: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    (w1_NC, b1_N, w2_CN, b2_C, scale_C, *norm), x, threads = parameters, rows(x_BCHW), torch.get_num_threads()
+    call, y_BCHW, hidden = _mlp_call(x_BCHW, parameters, eps, residual, keep)
+    call.run(_pixels(x_BCHW), torch.get_num_threads())
+    return y_BCHW, hidden
+
+
+def _mlp_call(
+    x_BCHW: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    eps: float,
+    residual: bool,
+    keep: bool,
+    new_map: NewMap = map_like,
+) -> tuple[Call, torch.Tensor, list[torch.Tensor]]:
+    (w1_NC, b1_N, w2_CN, b2_C, scale_C, *norm), x = parameters, rows(x_BCHW)
     n, c = w1_NC.shape[0], x_BCHW.shape[1]
-    y_BCHW, hidden = map_like(x_BCHW, c), room_for_tiles(x_BCHW, n, w1_NC.dtype, keep)
+    y_BCHW, hidden = new_map(x_BCHW, c, x_BCHW.dtype), room_for_tiles(x_BCHW, n, w1_NC.dtype, keep)
     fields = pointers(x=x, w1=w1_NC, b1=b1_N, w2=w2_CN, b2=b2_C, scale=scale_C, y=y_BCHW)
     if keep:
-        hidden[1].fill_(threads)
+        hidden[1].fill_(torch.get_num_threads())
         fields["h"] = pointer(hidden[0])
     arguments = Mlp(C=c, N=n, residual=residual, norm=Norm(*map(pointer, norm), eps), **fields)
-    run_typed("mlp_forward", (x, w1_NC), arguments, x.numel() // c, threads)
-    return y_BCHW, hidden
+    return typed_call("mlp_forward", (x, w1_NC), arguments, x, parameters, y_BCHW), y_BCHW, hidden
 
 
 @_norm_mlp.register_fake
@@ -184,7 +233,8 @@ def _norm_mlp_backward(
     fields = pointers(x=x, w1=w1_NC, w2=w2_CN, b2=b2_C, scale=scale_C, h=hidden[0], dy=dy)
     fields |= pointers(dx=dx_BCHW, dw1=dw1_NC, dw2=dw2_CN, dvectors=dvectors, dscale=dscale_C)
     arguments = Mlp(C=c, N=n, residual=residual, norm=Norm(*map(pointer, norm), eps), **fields)
-    run_typed("mlp_backward", (x, w1_NC), arguments, x.numel() // c, threads, workers([w1_NC, w2_CN], threads))
+    sizes = x.numel() // c, threads, workers([w1_NC, w2_CN], threads)
+    typed_call("mlp_backward", (x, w1_NC), arguments).run(*sizes)
     db1_N, db2_C, *dnorm = torch.split_with_sizes_copy(dvectors, [n, c, c, c])
     return dx_BCHW, [dw1_NC, db1_N, dw2_CN, db2_C, dscale_C, *dnorm]
 
@@ -220,6 +270,7 @@ def norm_mlp(
     scale_C: torch.Tensor | None,
     *,
     residual: bool,
+    steps: Steps | None = None,
 ) -> torch.Tensor:
     """``scale ⊙ down(GELU(up(norm(x))))``, plus x if ``residual``. The backward pass keeps x and up's output."""
     n, c = up.weight.shape[0], x_BCHW.shape[1]
@@ -228,7 +279,12 @@ def norm_mlp(
     parameters = w1_NC, b1_N, w2_CN, b2_C, fitting_scale(scale_C, x_BCHW), *norms
     if needed(x_BCHW, *parameters):
         return _NormMlp.apply(x_BCHW, norm.eps, residual, dtype, *parameters)
-    return _norm_mlp(x_BCHW, [lowered(p, dtype) for p in parameters], norm.eps, residual, False)[0]
+    parameters = [lowered(p, dtype) for p in parameters]
+    if steps is None:
+        return _norm_mlp(x_BCHW, parameters, norm.eps, residual, False)[0]
+    call, y_BCHW, _ = _mlp_call(x_BCHW, parameters, norm.eps, residual, False, steps.map_like)
+    steps.calls.append(call)
+    return y_BCHW
 
 
 # gnConv's gated interactions and output projection. What the filter gave is one map, or two whose channels alternate
@@ -245,12 +301,26 @@ def _gates(
     x_BCHW: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    call, y_BCHW = _gates_call(p_BPHW, gates, weights, vectors, eps, x_BCHW, dtype)
+    call.run(_pixels(p_BPHW), torch.get_num_threads())
+    return y_BCHW
+
+
+def _gates_call(
+    p_BPHW: torch.Tensor,
+    gates: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    vectors: Sequence[torch.Tensor],
+    eps: float,
+    x_BCHW: torch.Tensor | None,
+    dtype: torch.dtype,
+    new_map: NewMap = map_like,
+) -> tuple[Call, torch.Tensor]:
     p, each, x = rows(p_BPHW), [rows(gate) for gate in gates], None if x_BCHW is None else rows(x_BCHW)
-    y_BCHW = map_like(p_BPHW, weights[-1].shape[0], dtype)
+    y_BCHW = new_map(p_BPHW, weights[-1].shape[0], dtype)
     arguments = _gates_arguments(p, each, weights, vectors, eps)
     arguments.x, arguments.y = pointer(x), pointer(y_BCHW)
-    run_typed("gates_forward", (y_BCHW, p), arguments, p.numel() // p.shape[-1], torch.get_num_threads())
-    return y_BCHW
+    return typed_call("gates_forward", (y_BCHW, p), arguments, p, each, weights, vectors, x, y_BCHW), y_BCHW
 
 
 @_gates.register_fake
@@ -293,7 +363,7 @@ def _gates_backward(
     arguments.dothers = pointer(dmaps[2]) if norm else None
     arguments.dw = Pointers(*map(pointer, dws))
     arguments.dvectors, arguments.dscale = pointer(dvectors), pointer(dscale_C)
-    run_typed("gates_backward", (dy, p), arguments, p.numel() // p.shape[-1], threads, workers(weights, threads))
+    typed_call("gates_backward", (dy, p), arguments).run(_pixels(p_BPHW), threads, workers(weights, threads))
     each_vector = list(torch.split_with_sizes_copy(dvectors, biases + norm))
     each_vector.insert(order, dscale_C)
     return dmaps, dws, each_vector
@@ -341,6 +411,7 @@ def gated(
     residual: bool,
     norm: LayerNorm2d | None = None,
     factor: float = 1.0,
+    steps: Steps | None = None,
 ) -> torch.Tensor:
     """gnConv's equation (3.4) from p_0 and all filtered q on: gates, ``linears`` g_1 … and φ_out, times ``scale``.
 
@@ -365,4 +436,9 @@ def gated(
     if needed(x_BCHW, p_BPHW, *gates, *weights, *vectors):
         counts = len(gates), len(weights)
         return _Gated.apply(counts, eps, stream, p_BPHW, dtype, *gates, *weights, *vectors)
-    return _gates(p_BPHW, gates, [lowered(w, p_BPHW.dtype) for w in weights], vectors, eps, stream, dtype)
+    weights = [lowered(w, p_BPHW.dtype) for w in weights]
+    if steps is None:
+        return _gates(p_BPHW, gates, weights, vectors, eps, stream, dtype)
+    call, y_BCHW = _gates_call(p_BPHW, gates, weights, vectors, eps, stream, dtype, steps.map_like)
+    steps.calls.append(call)
+    return y_BCHW

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from hornet_lit.network import native
 from hornet_lit.network.layers import exporting, needed, observed
 from hornet_lit.network.native.arguments import Filter, Pointer, map_like, pointer
+from hornet_lit.network.native.steps import Call, Steps
 from hornet_lit.network.operations import operation
 
 Size = tuple[int, int]
@@ -55,6 +56,17 @@ def filter_spectrum(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Te
         if max(height, width) <= LONGEST_SIDE[device].get(dtype, 0):
             return by_products(x_BCHW.to(dtype), weight_CHF2)
     return by_fft(x_BCHW, weight_CHF2)
+
+
+def filter_spectrum_in_turn(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor, steps: Steps) -> torch.Tensor | None:
+    """The same as a call to be made later, added to ``steps``; None where no kernel serves."""
+    height, width = x_BCHW.shape[-2:]
+    weight_CHF2 = resize_spectrum(weight_CHF2, (height, width // 2 + 1)).float()
+    if not _by_kernel(x_BCHW, weight_CHF2):
+        return None
+    y_BCHW = steps.map_like(x_BCHW, x_BCHW.shape[1])
+    steps.calls.append(_filter_call(x_BCHW, weight_CHF2, y_BCHW))
+    return y_BCHW
 
 
 def by_fft(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor:
@@ -93,32 +105,38 @@ def _built() -> bool:
     return native.offers("spectrum", "filter_f32")
 
 
-def _pixels(x_BCHW: torch.Tensor) -> torch.Tensor:
-    """The map as (B, H, W, C) whose pixels lie at one distance from each other, without a copy of half of a map."""
+def _pixels(x_BCHW: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The map as (B, H, W, C) whose pixels lie at one distance from each other, without a copy of half of a map; and
+    that distance."""
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
-    _, height, width, _ = x_BHWC.shape
+    _, height, width, channels = x_BHWC.shape
     pitch = x_BHWC.stride(2)
-    expected = (height * width * pitch, width * pitch, pitch, 1)
-    # Not `contiguous`, which leaves a side of 1 whatever stride it has.
-    return x_BHWC if x_BHWC.stride() == expected else x_BHWC.clone(memory_format=torch.contiguous_format)
+    if x_BHWC.stride() == (height * width * pitch, width * pitch, pitch, 1):
+        return x_BHWC, pitch
+    return x_BHWC.contiguous(), channels
 
 
-def _run(name: str, x_BHWC: torch.Tensor, **tensors: torch.Tensor) -> None:
+def _call(name: str, x_BCHW: torch.Tensor, **tensors: torch.Tensor) -> Call:
+    x_BHWC, x_pitch = _pixels(x_BCHW)
     b, h, w, c = x_BHWC.shape
     matrices = (Pointer * 8)(*map(pointer, _matrices((h, w))))
-    arguments = Filter(B=b, H=h, W=w, C=c, x=pointer(x_BHWC), x_pitch=x_BHWC.stride(2), matrices=matrices)
+    arguments = Filter(B=b, H=h, W=w, C=c, x=pointer(x_BHWC), x_pitch=x_pitch, matrices=matrices)
+    if "dy" in tensors:
+        tensors["dy"], arguments.dy_pitch = _pixels(tensors["dy"])
     for field, tensor in tensors.items():
         setattr(arguments, field, pointer(tensor))
-    if "dy" in tensors:
-        arguments.dy_pitch = tensors["dy"].stride(2)
     name += "_f32" if x_BHWC.dtype == torch.float32 else "_bf16"
-    native.run("spectrum", name, arguments, torch.get_num_threads())
+    return Call("spectrum", name, arguments, (x_BHWC, tensors))
+
+
+def _filter_call(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor, y_BCHW: torch.Tensor) -> Call:
+    return _call("filter", x_BCHW, weight=weight_CHF2.contiguous(), y=y_BCHW)
 
 
 @operation("global_filter")
 def _global_filter(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor:
     y_BCHW = map_like(x_BCHW, x_BCHW.shape[1])
-    _run("filter", _pixels(x_BCHW), weight=weight_CHF2.contiguous(), y=y_BCHW)
+    _filter_call(x_BCHW, weight_CHF2, y_BCHW).run(torch.get_num_threads())
     return y_BCHW
 
 
@@ -133,8 +151,8 @@ def _global_filter_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weight_CHF2 = weight_CHF2.contiguous()
     dx_BCHW, dweight_CHF2 = map_like(x_BCHW, x_BCHW.shape[1]), torch.empty_like(weight_CHF2)
-    x_BHWC, dy_BHWC = _pixels(x_BCHW), _pixels(dy_BCHW)
-    _run("filter_backward", x_BHWC, weight=weight_CHF2, dy=dy_BHWC, dx=dx_BCHW, dweight=dweight_CHF2)
+    call = _call("filter_backward", x_BCHW, weight=weight_CHF2, dy=dy_BCHW, dx=dx_BCHW, dweight=dweight_CHF2)
+    call.run(torch.get_num_threads())
     return dx_BCHW, dweight_CHF2
 
 

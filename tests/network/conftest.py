@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 import torch
 from torch import nn
 
-from hornet_lit.network import DepthwiseConv, GlobalLocalFilter, GnConv, HorNet, fused, native
+from hornet_lit.network import DepthwiseConv, GlobalLocalFilter, GnConv, HorNet, fused
 from hornet_lit.network.hornet import Block
+from hornet_lit.network.native.steps import Call, Steps
 
 needs_kernels = pytest.mark.skipif(not fused._built(False), reason="no compiler, or neither AVX2 nor AVX-512")
 FORWARD = ["linear_forward_f32", "gates_forward_f32", "mlp_forward_f32"]
@@ -21,15 +22,24 @@ M = TypeVar("M", bound=nn.Module)
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels of what stays within a pixel that were called."""
-    names, run = [], native.run
+    """The kernels of what stays within a pixel that were called, at once or in turn."""
+    names, run, run_all = [], Call.run, Steps.run
 
-    def noted(library: str, name: str, *arguments: Any) -> None:
-        if library.startswith("pixelwise"):
-            names.append(name)
-        run(library, name, *arguments)
+    def note(call: Call) -> None:
+        if call.name.startswith("pixelwise"):
+            names.append(call.kernel)
 
-    monkeypatch.setattr(native, "run", noted)
+    def noted(call: Call, *sizes: int) -> None:
+        note(call)
+        run(call, *sizes)
+
+    def all_noted(steps: Steps, x_BCHW: torch.Tensor) -> None:
+        for call in steps.calls:
+            note(call)
+        run_all(steps, x_BCHW)
+
+    monkeypatch.setattr(Call, "run", noted)
+    monkeypatch.setattr(Steps, "run", all_noted)
     return names
 
 

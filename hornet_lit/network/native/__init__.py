@@ -52,11 +52,6 @@ def lanes(name: str) -> int:
     return library(name).lanes()
 
 
-def run(name: str, kernel: str, arguments: ctypes.Structure, *sizes: int) -> None:
-    """Calls a kernel of the library ``name``, which must have been built."""
-    getattr(library(name), kernel)(ctypes.byref(arguments), *map(ctypes.c_int64, sizes))
-
-
 @functools.cache
 def _builds(compiler: str) -> dict[str, Future[Path]]:
     """All libraries, built at once: who needs one needs the others next."""

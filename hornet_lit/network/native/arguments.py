@@ -1,5 +1,5 @@
-"""What the kernels are given: maps as rows of channels, and the structures of pixelwise.h and spectrum.cpp, field by
-field.
+"""What the kernels are given: maps as rows of channels, and the structures of pixelwise.h, depthwise.cpp and
+spectrum.cpp, field by field.
 
 Shapes: B batch, C channels, H height, W width.
 """
@@ -56,6 +56,11 @@ class Gates(ctypes.Structure):
     _fields_ += [(name, Pointer) for name in ("scale", "x", "y", "dy")]
     _fields_ += [("dp", Pointer), ("dgates", Pointer), ("dothers", Pointer), ("dw", Pointers)]
     _fields_ += [("dvectors", Pointer), ("dscale", Pointer)]
+
+
+class Convolution(ctypes.Structure):
+    _fields_ = [(name, Pointer) for name in ("x", "w", "bias", "y")]
+    _fields_ += [(name, Int) for name in ("B", "H", "W", "C", "K")]
 
 
 class Filter(ctypes.Structure):

@@ -6,6 +6,8 @@
 // its K sums there while four output columns at a time slide over K + 3 inputs: so multiply-adds and not loads are the
 // limit.
 // Plain C++ with the vector extension that gcc and clang share: no torch headers, so it compiles in about a second.
+#include <type_traits>
+
 #include "vectors.h"
 
 namespace {
@@ -14,18 +16,31 @@ constexpr int64_t kColumns = 4, kBand = 16;
 constexpr int64_t kOutputs = 7;  // columns of the convolution at a time: the sides of ImageNet's maps are multiples
 constexpr int64_t kGroup = 4;    // vectors of channels packed together: a cache line at a time would miss the TLB
 inline int64_t padded(int64_t columns) { return (columns + kColumns - 1) / kColumns * kColumns; }
+// Of a map (B, H, W, C): w (C, K, K), bias (C) or null.
+template <class T>
+struct Convolution {
+    const T *x, *w, *bias;
+    T* y;
+    int64_t B, H, W, C, K;
+    int64_t groups() const { return (vectors(C) + kGroup - 1) / kGroup; }
+    int64_t bands() const { return (H + kBand - 1) / kBand; }
+    int64_t width() const { return (W + kOutputs - 1) / kOutputs * kOutputs + K - 1; }  // of what is packed
+    int64_t height() const { return (H < kBand ? H : kBand) + K - 1; }
+    bool past(int64_t pixels) const { return sizeof(T) == sizeof(float) && past_caches(y, pixels, C); }
+};
+
 // One vector of channels of a band: x is packed, w (K, K); y is the band's first pixel.
-template <int K>
-void convolve(const Vec* x, const Vec* w, Vec bias, float* y, int64_t rows, int64_t W, int64_t C, int64_t lanes,
-              int64_t width, bool past) {
+template <int K, class T>
+void convolve(const Convolution<T>& a, const Vec* x, const Vec* w, Vec bias, T* y, int64_t rows, int64_t lanes,
+              bool past) {
     for (int64_t h = 0; h < rows; ++h)
-        for (int64_t column = 0; column < W; column += kOutputs) {
+        for (int64_t column = 0; column < a.W; column += kOutputs) {
             Vec sum[kOutputs];
             for (int u = 0; u < kOutputs; ++u) sum[u] = bias;
             for (int i = 0; i < K; ++i) {
                 Vec in[K + kOutputs - 1];
 #pragma GCC unroll 32
-                for (int j = 0; j < K + kOutputs - 1; ++j) in[j] = x[(h + i) * width + column + j];
+                for (int j = 0; j < K + kOutputs - 1; ++j) in[j] = x[(h + i) * a.width() + column + j];
 #pragma GCC unroll 16
                 for (int j = 0; j < K; ++j) {
                     const Vec weight = w[i * K + j];
@@ -33,69 +48,113 @@ void convolve(const Vec* x, const Vec* w, Vec bias, float* y, int64_t rows, int6
                     for (int u = 0; u < kOutputs; ++u) sum[u] += weight * in[u + j];
                 }
             }
-            const int64_t outputs = W - column < kOutputs ? W - column : kOutputs;
+            const int64_t outputs = a.W - column < kOutputs ? a.W - column : kOutputs;
             for (int64_t u = 0; u < outputs; ++u) {
-                float* to = y + (h * W + column + u) * C;
+                T* to = y + (h * a.W + column + u) * a.C;
                 past ? store_past(sum[u], to) : store(sum[u], to, lanes);
             }
         }
 }
 
-// w (C, N) to (N, C), by the threads that call this.
-inline void turn(const float* w, float* to, int64_t C, int64_t N) {
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < C; first += kLanes) {
-        const int64_t last = first + kLanes < C ? first + kLanes : C;
-        for (int64_t n = 0; n < N; ++n)
-            for (int64_t c = first; c < last; ++c) to[n * C + c] = w[c * N + n];
+// One group of channels of a band of an image; w (K, K, C); what is packed has zeros at its sides. Not inlined: the
+// compiler may fuse multiplications and additions otherwise in each place, and last bits would depend on the caller.
+template <int K, class T>
+__attribute__((noinline)) void convolve_group(const Convolution<T>& a, const T* w, int64_t b, int64_t band, int64_t group, bool past,
+                    Vec* packed) {
+    constexpr int64_t P = K / 2;
+    const int64_t H = a.H, W = a.W, C = a.C, width = a.width(), height = a.height();
+    const int64_t top = band * kBand, rows = H - top < kBand ? H - top : kBand;
+    const int64_t first = group * kGroup * kLanes, count = vectors(C - first);
+    const int64_t members = count < kGroup ? count : kGroup;
+    for (int64_t r = 0; r < rows + K - 1; ++r) {
+        const int64_t h = top + r - P;
+        for (int64_t column = 0; column < W; ++column)
+            for (int64_t m = 0; m < members; ++m) {
+                const int64_t c = first + m * kLanes;
+                Vec& to = packed[(m * height + r) * width + column + P];
+                __builtin_prefetch(a.x + ((b * H + h) * W + column + 8) * C + c);
+                to = h < 0 || h >= H ? Vec{} : load(a.x + ((b * H + h) * W + column) * C + c, C - c);
+            }
+    }
+    for (int64_t m = 0; m < members; ++m) {
+        const int64_t c = first + m * kLanes;
+        Vec weights[K * K];
+        for (int64_t k = 0; k < K * K; ++k) weights[k] = load(w + k * C + c, C - c);
+        const Vec start = a.bias ? load(a.bias + c, C - c) : Vec{};
+        T* to = a.y + ((b * H + top) * W) * C + c;
+        convolve<K>(a, packed + m * height * width, weights, start, to, rows, C - c, past);
     }
 }
 
-// Each thread takes groups of channels of bands of images. w: (C, K, K); bias may be null.
-template <int K>
-void convolves(const float* x, const float* w, const float* bias, float* y, int64_t B, int64_t H, int64_t W, int64_t C,
-               int64_t threads) {
-    constexpr int64_t P = K / 2;
-    const int64_t groups = (vectors(C) + kGroup - 1) / kGroup, bands = (H + kBand - 1) / kBand;
-    const bool past = past_caches(y, B * H * W, C);
-    const int64_t width = (W + kOutputs - 1) / kOutputs * kOutputs + K - 1, height = (H < kBand ? H : kBand) + K - 1;
-    float* turned = reinterpret_cast<float*>(allocated(vectors(K * K * C)));
+// w (C, N) to (N, C), of vectors [first, last) of channels.
+template <class T>
+void turn(const T* w, T* to, int64_t C, int64_t N, int64_t first, int64_t last) {
+    for (int64_t v = first; v < last; ++v)
+        for (int64_t n = 0; n < N; ++n)
+            for (int64_t c = v * kLanes; c < C && c < (v + 1) * kLanes; ++c) to[n * C + c] = w[c * N + n];
+}
+
+template <class T>
+T* room_for(const Convolution<T>& a) {
+    return reinterpret_cast<T*>(allocated(vectors(a.K * a.K * a.C)));
+}
+
+template <class T>
+Vec* packing(const Convolution<T>& a) {
+    const int64_t size = kGroup * a.height() * a.width();
+    Vec* packed = allocated(size);
+    std::memset(packed, 0, size * sizeof(Vec));
+    return packed;
+}
+
+// Each thread takes groups of channels of bands of images.
+template <int K, class T>
+void convolve_all(const Convolution<T>& a, int64_t threads) {
+    const bool past = a.past(a.B * a.H * a.W);
+    T* turned = room_for(a);
 #pragma omp parallel num_threads(threads)
     {
-        turn(w, turned, C, K * K);
-        const int64_t size = kGroup * height * width;
-        Vec* packed = allocated(size);
-        std::memset(packed, 0, size * sizeof(Vec));
+#pragma omp for schedule(static)
+        for (int64_t v = 0; v < vectors(a.C); ++v) turn(a.w, turned, a.C, K * K, v, v + 1);
+        Vec* packed = packing(a);
 #pragma omp for collapse(3) schedule(static)
-        for (int64_t b = 0; b < B; ++b)
-            for (int64_t band = 0; band < bands; ++band)
-                for (int64_t group = 0; group < groups; ++group) {
-                    const int64_t top = band * kBand, rows = H - top < kBand ? H - top : kBand;
-                    const int64_t first = group * kGroup * kLanes, count = vectors(C - first);
-                    const int64_t members = count < kGroup ? count : kGroup;
-                    for (int64_t r = 0; r < rows + K - 1; ++r) {
-                        const int64_t h = top + r - P;
-                        for (int64_t column = 0; column < W; ++column)
-                            for (int64_t m = 0; m < members; ++m) {
-                                const int64_t c = first + m * kLanes;
-                                Vec& to = packed[(m * height + r) * width + column + P];
-                                __builtin_prefetch(x + ((b * H + h) * W + column + 8) * C + c);
-                                to = h < 0 || h >= H ? Vec{} : load(x + ((b * H + h) * W + column) * C + c, C - c);
-                            }
-                    }
-                    for (int64_t m = 0; m < members; ++m) {
-                        const int64_t c = first + m * kLanes;
-                        Vec weights[K * K];
-                        for (int64_t k = 0; k < K * K; ++k) weights[k] = load(turned + k * C + c, C - c);
-                        const Vec start = bias ? load(bias + c, C - c) : Vec{};
-                        float* to = y + ((b * H + top) * W) * C + c;
-                        convolve<K>(packed + m * height * width, weights, start, to, rows, W, C, C - c, width, past);
-                    }
-                }
+        for (int64_t b = 0; b < a.B; ++b)
+            for (int64_t band = 0; band < a.bands(); ++band)
+                for (int64_t group = 0; group < a.groups(); ++group)
+                    convolve_group<K>(a, turned, b, band, group, past, packed);
         settle();
         std::free(packed);
     }
     std::free(turned);
+}
+
+// The images of pixels [first, last), by the thread that calls.
+template <int K, class T>
+void convolve_some(const Convolution<T>& a, int64_t first, int64_t last) {
+    const bool past = a.past(last - first);
+    T* turned = room_for(a);
+    turn(a.w, turned, a.C, K * K, 0, vectors(a.C));
+    Vec* packed = packing(a);
+    for (int64_t b = first / (a.H * a.W); b < last / (a.H * a.W); ++b)
+        for (int64_t band = 0; band < a.bands(); ++band)
+            for (int64_t group = 0; group < a.groups(); ++group)
+                convolve_group<K>(a, turned, b, band, group, past, packed);
+    settle();
+    std::free(packed);
+    std::free(turned);
+}
+
+// Gives 1 for a K that is not built in.
+template <class Run>
+int with_size(int64_t K, Run run) {
+    switch (K) {
+        case 3: run(std::integral_constant<int, 3>{}); return 0;
+        case 5: run(std::integral_constant<int, 5>{}); return 0;
+        case 7: run(std::integral_constant<int, 7>{}); return 0;
+        case 9: run(std::integral_constant<int, 9>{}); return 0;
+        case 11: run(std::integral_constant<int, 11>{}); return 0;
+    }
+    return 1;
 }
 
 template <int K>
@@ -175,44 +234,31 @@ void weight_grads(const T* x, const T* dy, float* dw, float* db, int64_t B, int6
     }
 }
 
-template <typename T>
-int dispatch(const T* x, const T* dy, float* dw, float* db, int64_t B, int64_t H, int64_t W, int64_t C, int64_t K,
-             int64_t S, int64_t threads) {
-    switch (K) {
-        case 3: weight_grads<3>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
-        case 5: weight_grads<5>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
-        case 7: weight_grads<7>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
-        case 9: weight_grads<9>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
-        case 11: weight_grads<11>(x, dy, dw, db, B, H, W, C, S, threads); return 0;
-    }
-    return 1;
-}
-
 }  // namespace
 
 extern "C" int64_t lanes() { return kLanes; }
 
-// x, dy: (B, H, W, C) contiguous; dw: (S, C, K, K); db: (S, C), one sum for each of the S shares of the batch.
-// Gives 0, or 1 for a K that is not built in.
-extern "C" int depthwise_weight_grad_f32(const float* x, const float* dy, float* dw, float* db, int64_t B, int64_t H,
-                                         int64_t W, int64_t C, int64_t K, int64_t S, int64_t threads) {
-    return dispatch(x, dy, dw, db, B, H, W, C, K, S, threads);
-}
-
-extern "C" int depthwise_weight_grad_bf16(const uint16_t* x, const uint16_t* dy, float* dw, float* db, int64_t B,
-                                          int64_t H, int64_t W, int64_t C, int64_t K, int64_t S, int64_t threads) {
-    return dispatch(x, dy, dw, db, B, H, W, C, K, S, threads);
-}
-
-// x, y: (B, H, W, C) contiguous; w: (C, K, K) and bias: (C) or null. Gives 0, or 1 for a K that is not built in.
-extern "C" int depthwise_conv_f32(const float* x, const float* w, const float* bias, float* y, int64_t B, int64_t H,
-                                  int64_t W, int64_t C, int64_t K, int64_t threads) {
-    switch (K) {
-        case 3: convolves<3>(x, w, bias, y, B, H, W, C, threads); return 0;
-        case 5: convolves<5>(x, w, bias, y, B, H, W, C, threads); return 0;
-        case 7: convolves<7>(x, w, bias, y, B, H, W, C, threads); return 0;
-        case 9: convolves<9>(x, w, bias, y, B, H, W, C, threads); return 0;
-        case 11: convolves<11>(x, w, bias, y, B, H, W, C, threads); return 0;
+// All of a map by so many threads; and the images of pixels [first, last), by the thread that calls.
+#define CONVOLUTION(type, T)                                                                            \
+    extern "C" int depthwise_conv_##type(const Convolution<T>* a, int64_t threads) {                    \
+        return with_size(a->K, [&](auto K) { convolve_all<decltype(K)::value>(*a, threads); });         \
+    }                                                                                                   \
+    extern "C" void depthwise_conv_##type##_part(const void* p, int64_t first, int64_t last) {          \
+        const auto& a = *static_cast<const Convolution<T>*>(p);                                         \
+        with_size(a.K, [&](auto K) { convolve_some<decltype(K)::value>(a, first, last); });             \
     }
-    return 1;
-}
+
+CONVOLUTION(f32, float)
+CONVOLUTION(bf16, uint16_t)
+
+// x, dy: (B, H, W, C) contiguous; dw: (S, C, K, K); db: (S, C), one sum for each of the S shares of the batch.
+#define WEIGHT_GRAD(type, T)                                                                                       \
+    extern "C" int depthwise_weight_grad_##type(const T* x, const T* dy, float* dw, float* db, int64_t B, int64_t H, \
+                                                int64_t W, int64_t C, int64_t K, int64_t S, int64_t threads) {     \
+        return with_size(K, [&](auto size) {                                                                       \
+            weight_grads<decltype(size)::value>(x, dy, dw, db, B, H, W, C, S, threads);                            \
+        });                                                                                                        \
+    }
+
+WEIGHT_GRAD(f32, float)
+WEIGHT_GRAD(bf16, uint16_t)

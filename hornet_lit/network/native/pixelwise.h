@@ -37,9 +37,10 @@ struct Linear {
     int64_t half() const { return again() / 2; }                // those of r
 };
 
+// Each forward kernel's work on one tile of M pixels, of which `written` at a time decide how they are stored.
 template <class X, class Dot>
-void linear_forward(const Linear<X, typename Dot::Element>& a, int64_t M, int64_t T) {
-    for_tiles(M, T, a.K + a.N, [&](auto size, const Tile& t, Vec* scratch) {
+auto linear_run(const Linear<X, typename Dot::Element>& a, int64_t M, int64_t written) {
+    return [=](auto size, const Tile& t, Vec* scratch) {
         constexpr int V = decltype(size)::value;
         Vec *x = scratch, *out = x + a.K * V, inverse[V];
         enter<V>(a.x, t, a.K, M, x);
@@ -47,7 +48,7 @@ void linear_forward(const Linear<X, typename Dot::Element>& a, int64_t M, int64_
         affine<V>(x, a.K, a.norm, x);
         pack<Dot>(x, a.K, V);
         product<V, Dot>(a.w, a.N, x, a.K, [&](int64_t n, int v, Vec sum) { out[n * V + v] = sum + a.b[n]; });
-        leave<V>(out, t, a.P, a.p, M);
+        leave<V>(out, t, a.P, a.p, written);
         Vec* rest = out + a.P * V;
         if (a.kept)
             for (int64_t i = 0; i < a.rest() * V; ++i) store(rest[i], a.kept + t.first * a.rest() + i * kLanes, kLanes);
@@ -56,9 +57,9 @@ void linear_forward(const Linear<X, typename Dot::Element>& a, int64_t M, int64_
             affine<V>(rest, a.rest(), a.then, rest);
         }
         const int64_t first = a.rest() - a.half();
-        leave<V>(rest, t, first, a.q, M);
-        leave<V>(rest + first * V, t, a.half(), a.r, M);
-    });
+        leave<V>(rest, t, first, a.q, written);
+        leave<V>(rest + first * V, t, a.half(), a.r, written);
+    };
 }
 
 // Vectors: b, norm.weight, norm.bias; then.weight, then.bias.
@@ -116,9 +117,9 @@ struct Mlp {
 };
 
 template <class X, class Dot>
-void mlp_forward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T) {
-    const bool past = a.h && past_caches(a.h, M, a.N);
-    for_tiles(M, T, 2 * a.C + a.N, [&](auto size, const Tile& t, Vec* scratch) {
+auto mlp_run(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t written) {
+    const bool past = a.h && past_caches(a.h, written, a.N);
+    return [=](auto size, const Tile& t, Vec* scratch) {
         constexpr int V = decltype(size)::value;
         Vec *x = scratch, *y = x + a.C * V, *hidden = y + a.C * V, inverse[V];
         auto* kept = a.h ? a.h + t.first * a.N : nullptr;
@@ -141,8 +142,8 @@ void mlp_forward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T) {
             const Vec branch = (sum + a.b2[c]) * a.scale[c];
             y[c * V + v] = a.residual ? y[c * V + v] + branch : branch;
         });
-        leave<V>(y, t, a.C, a.y, M);
-    });
+        leave<V>(y, t, a.C, a.y, written);
+    };
 }
 
 // Vectors: b1, b2, norm.weight, norm.bias.
@@ -218,8 +219,8 @@ void enter_gates(const Gates<X, Element>& a, const Tile& t, int64_t M, Vec* x, V
 }
 
 template <class X, class Dot>
-void gates_forward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t T) {
-    for_tiles(M, T, a.first + a.filtered() + a.C, [&](auto size, const Tile& t, Vec* scratch) {
+auto gates_run(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t written) {
+    return [=](auto size, const Tile& t, Vec* scratch) {
         constexpr int V = decltype(size)::value;
         Vec *p = scratch, *z = p + a.first * V, *y = z + a.filtered() * V, inverse[V];
         enter<V>(a.p, t, a.first, M, p);
@@ -241,8 +242,8 @@ void gates_forward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t 
             const Vec branch = (sum + b[c]) * a.scale[c];
             y[c * V + v] = a.x ? y[c * V + v] + branch : branch;
         });
-        leave<V>(y, t, a.C, a.y, M);
-    });
+        leave<V>(y, t, a.C, a.y, written);
+    };
 }
 
 // Interactions are computed again. Vectors: all b; norm.weight, norm.bias.
@@ -322,18 +323,33 @@ void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t
     for (int64_t k = 0; k < a.order; ++k) std::free(turned[k]);
 }
 
+// Vectors for each of V of a tile.
+template <class X, class Element>
+int64_t scratch(const Linear<X, Element>& a) { return a.K + a.N; }
+template <class X, class Element>
+int64_t scratch(const Mlp<X, Element>& a) { return 2 * a.C + a.N; }
+template <class X, class Element>
+int64_t scratch(const Gates<X, Element>& a) { return a.first + a.filtered() + a.C; }
+
 }  // namespace
 
-#define FORWARD(type, X, Dot)                                                                            \
-    void linear_forward_##type(const void* a, int64_t M, int64_t T) {                                    \
-        linear_forward<X, Dot>(*static_cast<const Linear<X, Dot::Element>*>(a), M, T);                   \
+// All M pixels by T threads, and those of [first, last) by the one that calls.
+#define FORWARD_KERNEL(name, Kind, type, X, Dot)                                                         \
+    void name##_forward_##type(const void* p, int64_t M, int64_t T) {                                    \
+        const auto& a = *static_cast<const Kind<X, Dot::Element>*>(p);                                   \
+        for_tiles(M, T, scratch(a), name##_run<X, Dot>(a, M, M));                                        \
     }                                                                                                    \
-    void mlp_forward_##type(const void* a, int64_t M, int64_t T) {                                       \
-        mlp_forward<X, Dot>(*static_cast<const Mlp<X, Dot::Element>*>(a), M, T);                         \
-    }                                                                                                    \
-    void gates_forward_##type(const void* a, int64_t M, int64_t T) {                                     \
-        gates_forward<X, Dot>(*static_cast<const Gates<X, Dot::Element>*>(a), M, T);                     \
+    void name##_forward_##type##_part(const void* p, int64_t first, int64_t last) {                      \
+        const auto& a = *static_cast<const Kind<X, Dot::Element>*>(p);                                   \
+        Vec* room = allocated(scratch(a) * kMaxV);                                                       \
+        over_tiles(first, last, room, name##_run<X, Dot>(a, last, last - first));                        \
+        std::free(room);                                                                                 \
     }
+
+#define FORWARD(type, X, Dot)                                                                            \
+    FORWARD_KERNEL(linear, Linear, type, X, Dot)                                                         \
+    FORWARD_KERNEL(mlp, Mlp, type, X, Dot)                                                               \
+    FORWARD_KERNEL(gates, Gates, type, X, Dot)
 
 #define BACKWARD(type, X, Dot)                                                                           \
     void linear_backward_##type(const void* a, int64_t M, int64_t T, int64_t workers) {                  \

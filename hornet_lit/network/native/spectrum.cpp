@@ -24,6 +24,7 @@ struct Filter {
     float* dweight;  // (C, H, F, 2)
     int64_t columns() const { return W / 2 + 1; }
     int64_t numbers() const { return 2 * H * columns(); }
+    bool past(int64_t pixels) const { return sizeof(T) == sizeof(float) && past_caches(y, pixels, C); }
     int64_t map() const { return H * (W + 2); }  // room for a map or for its spectrum, of vectors
 };
 
@@ -89,33 +90,51 @@ float* turned(const Filter<X>& a, int64_t T) {
     return to;
 }
 
+// A vector of channels of an image; `map` has room for three.
+template <class X>
+void filter_group(const Filter<X>& a, const float* weights, int64_t b, int64_t group, bool past, Vec* map) {
+    Vec *between = map + a.map(), *spectrum = between + a.map();
+    const int64_t c = group * kLanes;
+    read(a, a.x, a.x_pitch, b, c, map);
+    there(a, a.along_w, a.along_h, map, between, spectrum);
+    for_numbers(a, weights, c, [&](int64_t, int64_t real, int64_t imag, Vec by_real, Vec by_imag) {
+        const Vec was = spectrum[real];
+        spectrum[real] = was * by_real - spectrum[imag] * by_imag;
+        spectrum[imag] = spectrum[imag] * by_real + was * by_imag;
+    });
+    back(a, a.back_h, a.back_w, spectrum, between, [&](int64_t column, int64_t row, Vec sum) {
+        auto* to = a.y + ((b * a.H + row) * a.W + column) * a.C + c;
+        past ? store_past(sum, to) : store(sum, to, a.C - c);
+    });
+}
+
 template <class X>
 void filter(const Filter<X>& a, int64_t T) {
     const int64_t groups = vectors(a.C);
-    const bool past = sizeof(X) == sizeof(float) && past_caches(a.y, a.B * a.H * a.W, a.C);
+    const bool past = a.past(a.B * a.H * a.W);
     float* weights = turned(a, T);
 #pragma omp parallel num_threads(T)
     {
-        Vec *map = allocated(3 * a.map()), *between = map + a.map(), *spectrum = between + a.map();
+        Vec* map = allocated(3 * a.map());
 #pragma omp for collapse(2) schedule(static)
         for (int64_t b = 0; b < a.B; ++b)
-            for (int64_t group = 0; group < groups; ++group) {
-                const int64_t c = group * kLanes;
-                read(a, a.x, a.x_pitch, b, c, map);
-                there(a, a.along_w, a.along_h, map, between, spectrum);
-                for_numbers(a, weights, c, [&](int64_t, int64_t real, int64_t imag, Vec by_real, Vec by_imag) {
-                    const Vec was = spectrum[real];
-                    spectrum[real] = was * by_real - spectrum[imag] * by_imag;
-                    spectrum[imag] = spectrum[imag] * by_real + was * by_imag;
-                });
-                back(a, a.back_h, a.back_w, spectrum, between, [&](int64_t column, int64_t row, Vec sum) {
-                    auto* to = a.y + ((b * a.H + row) * a.W + column) * a.C + c;
-                    past ? store_past(sum, to) : store(sum, to, a.C - c);
-                });
-            }
+            for (int64_t group = 0; group < groups; ++group) filter_group(a, weights, b, group, past, map);
         settle();
         std::free(map);
     }
+    std::free(weights);
+}
+
+// The images of pixels [first, last), by the thread that calls.
+template <class X>
+void filter_part(const Filter<X>& a, int64_t first, int64_t last) {
+    float* weights = turned(a, 1);
+    Vec* map = allocated(3 * a.map());
+    for (int64_t b = first / (a.H * a.W); b < last / (a.H * a.W); ++b)
+        for (int64_t group = 0; group < vectors(a.C); ++group)
+            filter_group(a, weights, b, group, a.past(last - first), map);
+    settle();
+    std::free(map);
     std::free(weights);
 }
 
@@ -165,6 +184,12 @@ void filter_backward(const Filter<X>& a, int64_t T) {
 extern "C" {
 void filter_f32(const Filter<float>* a, int64_t T) { filter(*a, T); }
 void filter_bf16(const Filter<uint16_t>* a, int64_t T) { filter(*a, T); }
+void filter_f32_part(const void* a, int64_t first, int64_t last) {
+    filter_part(*static_cast<const Filter<float>*>(a), first, last);
+}
+void filter_bf16_part(const void* a, int64_t first, int64_t last) {
+    filter_part(*static_cast<const Filter<uint16_t>*>(a), first, last);
+}
 void filter_backward_f32(const Filter<float>* a, int64_t T) { filter_backward(*a, T); }
 void filter_backward_bf16(const Filter<uint16_t>* a, int64_t T) { filter_backward(*a, T); }
 }

@@ -322,20 +322,27 @@ inline int64_t next_tile(int64_t from, int64_t end, int64_t M, Tile& tile) {
     return V;
 }
 
-// Shares M pixels among T threads, and each thread's among tiles: run(V, tile, scratch) with `scratch` vectors for each
-// of V, an integral_constant.
+// Shares the pixels [first, last) among tiles: run(V, tile, scratch), V an integral_constant.
+template <class Run>
+void over_tiles(int64_t first, int64_t last, Vec* scratch, Run run) {
+    const int64_t M = last - first, end = vectors(M);
+    Tile tile;
+    for (int64_t from = 0, V; from < end; from += V) {
+        V = next_tile(from, end, M, tile);
+        tile.first += first;
+        with_size(V, [&](auto size) { run(size, tile, scratch); });
+    }
+    settle();
+}
+
+// Shares M pixels among T threads, and each thread's among tiles, with `scratch` vectors for each of V.
 template <class Run>
 void for_tiles(int64_t M, int64_t T, int64_t scratch, Run run) {
 #pragma omp parallel for num_threads(T) schedule(static)
     for (int64_t t = 0; t < T; ++t) {
         Vec* room = allocated(scratch * kMaxV);
-        Tile tile;
-        const int64_t end = vectors(M) * (t + 1) / T;
-        for (int64_t from = vectors(M) * t / T, V; from < end; from += V) {
-            V = next_tile(from, end, M, tile);
-            with_size(V, [&](auto size) { run(size, tile, room); });
-        }
-        settle();
+        const int64_t first = vectors(M) * t / T * kLanes, last = vectors(M) * (t + 1) / T * kLanes;
+        over_tiles(first, last < M ? last : M, room, run);
         std::free(room);
     }
 }
