@@ -1,4 +1,4 @@
-"""Where the fused CPU operations of `pixelwise` may run, and what their kernels are given.
+"""Where the fused CPU operations of `pixelwise` and `gated` may run, and what their kernels are given.
 
 They run in C++ (native/pixelwise.h) where that could be built and the processor has AVX2 or AVX-512: in float32 and,
 with AVX-512's bfloat16, in that and under its autocast. Elsewhere `usable` says no, and the caller computes the same
@@ -107,6 +107,11 @@ def typed_call(name: str, like: Sequence[torch.Tensor], arguments: ctypes.Struct
 
 def pointers(**tensors: torch.Tensor | None) -> dict[str, int | None]:
     return {name: pointer(tensor) for name, tensor in tensors.items()}
+
+
+def pixels(x_BCHW: torch.Tensor) -> int:
+    b, _, h, w = x_BCHW.shape
+    return b * h * w
 
 
 def weights_type(x_BCHW: torch.Tensor) -> torch.dtype:

@@ -13,10 +13,11 @@ from torch import nn
 
 from hornet_lit.network.filters import Size
 from hornet_lit.network.fused import promoted, usable
+from hornet_lit.network.gated import gated
 from hornet_lit.network.layers import Recomputing, changed
 from hornet_lit.network.native.arguments import MAX_ORDER
 from hornet_lit.network.native.steps import Steps
-from hornet_lit.network.pixelwise import gated, norm_linear
+from hornet_lit.network.pixelwise import norm_linear
 
 FilterFactory = Callable[..., nn.Module]
 

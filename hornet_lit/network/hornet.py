@@ -100,7 +100,8 @@ class Block(Recomputing):
             return None
         if not hasattr(type(self.gnconv), "normed_in_turn"):
             return None
-        made, steps.taken = len(steps.calls), 0
+        made = len(steps.calls)
+        steps.begin(x_BCHW)
         y_BCHW = self.gnconv.normed_in_turn(x_BCHW, self.norm1, self.gamma1, steps=steps)
         if y_BCHW is not None:
             y_BCHW = self._fused_mlp(y_BCHW, True, steps)

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from hornet_lit.network import fused, pixelwise
+from hornet_lit.network.gated import gated
 from hornet_lit.network.layers import ChannelLinear
-from hornet_lit.network.pixelwise import gated, norm_linear, norm_mlp
+from hornet_lit.network.pixelwise import norm_linear, norm_mlp
 from tests.network.conftest import (
     GLOBAL,
     assert_exact,

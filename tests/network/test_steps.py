@@ -170,15 +170,31 @@ def test_whole_networks_and_their_intermediates(made: list[int]) -> None:
 
 
 def test_blocks_share_their_maps() -> None:
-    steps, x_BCHW = Steps(), maps(2, 20, 7, 5)
+    steps, x_BCHW, outputs = Steps(), maps(2, 20, 7, 5), []
     with torch.no_grad():
         for _ in range(4):
-            if small_block().eval().in_turn(x_BCHW, steps) is None:
+            y_BCHW = small_block().eval().in_turn(x_BCHW, steps)
+            if y_BCHW is None:
                 pytest.skip("no kernels")
-    assert len(steps.calls) == 16 and len(steps.maps) == 5
+            assert y_BCHW is not x_BCHW and len(steps.maps) == 5
+            outputs.append(y_BCHW)
+            x_BCHW = y_BCHW
+    assert len(steps.calls) == 16
+    assert outputs[0] is outputs[2] and outputs[1] is outputs[3], "they take turns"
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_of_all_kinds_in_one_stage(seed: int, made: list[int]) -> None:
+    """Where one block has a map for its filter the next may have one for its output."""
+    convolution = partial(GnConv, filter=partial(DepthwiseConv, kernel_size=3))
+    kinds = [partial(convolution, order=order) for order in (1, 2, 3)] + [global_mixer(order) for order in (1, 2, 3)]
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(seed)) % 6
+    stage = stage_of(*(small_block(24, mixer=kinds[k], size=(11, 7)) for k in order))
+    torch.set_num_threads(2)
     with torch.no_grad():
-        assert small_block(16).eval().in_turn(maps(2, 16, 7, 5), steps) is not None
-    assert len(steps.maps) == 5 and {m.shape[1] for m in steps.maps} == {4, 16, 28}
+        y_BCHW = _in_turn(stage, maps(4, 24, 11, 7))
+        assert len(made) == 1 and torch.equal(y_BCHW, one_by_one(stage, maps(4, 24, 11, 7)))
 
 
 @needs_kernels

@@ -7,6 +7,7 @@ Shapes: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 
@@ -22,6 +23,9 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
 def rows(x_BCHW: torch.Tensor) -> torch.Tensor:
     """The map as contiguous (B, H, W, C)."""
     return x_BCHW.permute(0, 2, 3, 1).contiguous()
+
+
+NewMap = Callable[[torch.Tensor, int, torch.dtype], torch.Tensor]  # such as:
 
 
 def map_like(x_BCHW: torch.Tensor, channels: int, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -35,25 +35,32 @@ class _Step(ctypes.Structure):
 class Steps:
     """Calls to be made later, and the maps that they fill then.
 
-    Blocks of equal shapes share maps, as many as one block needs: what lies in them is no longer needed when the next
-    block's kernel writes there, since a thread makes its calls in their order and no other thread has its images.
+    Blocks of equal shapes share maps, hardly more than one block needs: what lies in them is no longer needed when the
+    next block's kernels write there, but for that block's input. For a thread makes its calls in their order, and no
+    other thread has its images.
     """
 
     calls: list[Call] = field(default_factory=list)
     maps: list[torch.Tensor] = field(default_factory=list)
-    taken: int = 0  # of the maps, by the block that is being prepared
+    _taken: int = 0  # of the maps, by the block that is being prepared
+    _input: torch.Tensor | None = None
+    _spare: torch.Tensor | None = None
+
+    def begin(self, x_BCHW: torch.Tensor) -> None:
+        """With another block, of this input."""
+        self._taken, self._input = 0, x_BCHW
 
     def map_like(self, x_BCHW: torch.Tensor, channels: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """`arguments.map_like`, or such a map that a block before has had in this place."""
-        shape = (x_BCHW.shape[0], channels, *x_BCHW.shape[2:])
-        if self.taken < len(self.maps):
-            known = self.maps[self.taken]
-            if known.shape != shape or known.dtype != (dtype or x_BCHW.dtype):
-                self.maps[self.taken :] = []
-        if self.taken == len(self.maps):
-            self.maps.append(map_like(x_BCHW, channels, dtype))
-        self.taken += 1
-        return self.maps[self.taken - 1]
+        shape, dtype = (x_BCHW.shape[0], channels, *x_BCHW.shape[2:]), dtype or x_BCHW.dtype
+        known = self.maps[self._taken] if self._taken < len(self.maps) else None
+        if known is not None and known is self._input:
+            known, self._spare = self._spare, known
+        if known is None or known.shape != shape or known.dtype != dtype:
+            known = map_like(x_BCHW, channels, dtype)
+        self.maps[self._taken : self._taken + 1] = [known]
+        self._taken += 1
+        return known
 
     def run(self, x_BCHW: torch.Tensor) -> None:
         """Makes all calls, for maps of x's batch and size."""
