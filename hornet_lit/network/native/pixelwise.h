@@ -12,6 +12,7 @@
 
 #pragma once
 
+#include "gelu.h"
 #include "sums.h"
 
 #ifdef TILES
@@ -135,7 +136,7 @@ auto mlp_run(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t written)
             } else if (kept) {
                 store(h, kept + (n * V + v) * kLanes, kLanes);
             }
-            hidden[n * V + v] = h * normal_cdf<Dot>(h);
+            hidden[n * V + v] = h * gelu<Dot>().normal_cdf(h);
         });
         pack<Dot>(hidden, a.N, V);
         product<V, Dot>(a.w2, a.C, hidden, a.N, [&](int64_t c, int v, Vec sum) {
@@ -165,8 +166,9 @@ void mlp_backward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T, 
         pack<Dot>(dx, a.C, V);
         product<V, Dot>(w2, a.N, dx, a.C, [&](int64_t n, int v, Vec sum) {
             const Vec h = load(kept_h + (n * V + v) * kLanes, kLanes);
-            const Vec d = sum * gelu_slope<Dot>(h);
-            store(h * normal_cdf<Dot>(h), kept.d[1] + (n * kWidth + v) * kLanes, kLanes);
+            const auto [cdf, slope] = gelu<Dot>().both(h);
+            const Vec d = sum * slope;
+            store(h * cdf, kept.d[1] + (n * kWidth + v) * kLanes, kLanes);
             dh[n * D + v] = d;
             lanes[n] += d;
         });

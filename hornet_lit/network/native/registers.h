@@ -33,10 +33,23 @@ inline Vec all(float value) { return value - Vec{}; }
 #ifdef __AVX512F__
 inline Vec multiplied_added(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline Vec square_root(Vec v) { return (Vec)_mm512_sqrt_ps((__m512)v); }
+inline Vec minimum(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }  // b if one is not a number
 #else
 inline Vec multiplied_added(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 inline Vec square_root(Vec v) { return (Vec)_mm256_sqrt_ps((__m256)v); }
+inline Vec minimum(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
 #endif
+
+// The entries of a table at places that end in these bits.
+inline Vec looked_up(const float (&table)[16], Bits places) {
+#ifdef __AVX512F__
+    return (Vec)_mm512_permutexvar_ps((__m512i)places, _mm512_loadu_ps(table));
+#else
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)places);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + kLanes), (__m256i)places);
+    return (Vec)_mm256_blendv_ps(low, high, (__m256)(places << 28));
+#endif
+}
 
 // Both as bfloat16 in each lane, the first in its lower half.
 inline Vec paired(Vec first, Vec second) {

@@ -83,7 +83,7 @@ template <class Dot, int R, int V>
 void add_outer(const Kept<Dot>& kept, int i, int64_t n, int64_t k, int64_t width, bool first, Vec* to) {
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) __builtin_prefetch(to + (n + r) * width + k + v, 1);
-    Vec sums[R][V] = {};
+    Vec sums[R][V];
     const int64_t pitch = kWidth * kLanes;
     accumulate<Dot>(sums, kept.d[i] + n * pitch, pitch, kept.rows[i] + k, width | 1, kept.pixels);
     for (int r = 0; r < R; ++r)

@@ -135,7 +135,7 @@ void pack(Vec* tile, int64_t K, int64_t V) {
             tile[k / 2 * V + v] = paired(tile[k * V + v], k + 1 < K ? tile[(k + 1) * V + v] : Vec{});
 }
 
-// to(i, j) += Σ_k w(i, k) · x(k, j) for R rows of w, ldw apart, and V vectors, ldx apart in k. Not inlined: the few
+// to(i, j) = Σ_k w(i, k) · x(k, j) for R rows of w, ldw apart, and V vectors, ldx apart in k. Not inlined: the few
 // vectors that pass through memory cost less than it takes to compile all uses.
 template <class Dot, int R, int V>
 __attribute__((noinline)) void accumulate(Vec (&to)[R][V], const typename Dot::Element* w, int64_t ldw, const Vec* x,
@@ -144,7 +144,7 @@ __attribute__((noinline)) void accumulate(Vec (&to)[R][V], const typename Dot::E
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < V; ++j) sums[i][j] = to[i][j];
+        for (int j = 0; j < V; ++j) sums[i][j] = Vec{};
     for (int64_t k = 0; k < K / Dot::kDepth; ++k) {
         Vec in[V];
 #pragma GCC unroll 4
@@ -168,7 +168,7 @@ inline __attribute__((always_inline)) void product(const typename Dot::Element* 
                                                    int64_t K, Emit emit) {
     const auto strip = [&](auto rows, int64_t n) __attribute__((always_inline)) {
         constexpr int R = decltype(rows)::value;
-        Vec sums[R][V] = {};
+        Vec sums[R][V];
         accumulate<Dot>(sums, w + n * whole<Dot>(K), whole<Dot>(K), x, ldx, whole<Dot>(K));
         for (int i = 0; i < R; ++i)
             for (int v = 0; v < V; ++v) emit(n + i, v, sums[i][v]);
@@ -184,44 +184,6 @@ template <int V, class Dot = Single, class Emit>
 inline __attribute__((always_inline)) void product(const typename Dot::Element* w, int64_t N, const Vec* x, int64_t K,
                                                    Emit emit) {
     product<V, Dot>(w, N, x, V, K, emit);
-}
-
-// 1/2 plus an odd polynomial of x, of least maximum error (by scipy's erf in double) over |x| ≤ limit; 0 and 1 beyond.
-template <int Terms>
-inline Vec step(Vec x, const float (&c)[Terms], float limit) {
-    const Vec u = multiplied_added(x * x, all(2 / (limit * limit)), all(-1));
-    Vec sum = all(c[Terms - 1]);
-#pragma GCC unroll 32
-    for (int i = Terms - 2; i >= 0; --i) sum = multiplied_added(sum, u, all(c[i]));
-    sum = multiplied_added(x, sum, all(0.5f));
-    sum = x < -limit ? Vec{} : sum;
-    return x > limit ? all(1) : sum;
-}
-
-// Φ(x), and the derivative of x·Φ(x): off by at most 1.5e-7 and 4e-7 when evaluated in float.
-template <class Dot>
-inline Vec normal_cdf(Vec x) {
-    // Off by 2e-6, and the derivative by 2e-5: little beside the rounding to bfloat16.
-    constexpr float rough[] = {0.147212687f,  -0.0729836462f,  0.0529129214f,  -0.0404956352f,
-                               0.0306099129f, -0.0225166048f,  0.0143100154f,  -0.00689066354f,
-                               0.00470257354f, -0.00449646763f, 0.00180179785f};
-    if (Dot::kDepth == 2) return step(x, rough, 4.8f);
-    constexpr float c[] = {0.130928113f,    -0.0653280549f,  0.0484995915f,  -0.039206813f,   0.0321165952f,
-                           -0.0257464572f,  0.0196451441f,   -0.0139633199f, 0.00965119602f,  -0.00671533878f,
-                           0.00365892205f,  -0.00118640995f, 0.000874934006f, -0.00102836896f, 0.000392858682f};
-    return step(x, c, 5.4f);
-}
-template <class Dot>
-inline Vec gelu_slope(Vec x) {
-    constexpr float rough[] = {0.148467747f, -0.0802264108f, 0.073923475f,  -0.0805231651f, 0.0863509251f,
-                               -0.0887075257f, 0.0865283839f, -0.0612801343f, 0.0260129327f, -0.0236874307f,
-                               0.0297251435f, -0.0124148763f};
-    if (Dot::kDepth == 2) return step(x, rough, 4.8f);
-    constexpr float c[] = {0.126416642f,   -0.0642823051f,  0.0518079604f, -0.050972425f,   0.0566848785f,
-                           -0.0648823016f, 0.0716295838f,   -0.0737511776f, 0.0666107266f,  -0.0516532671f,
-                           0.0426603217f,  -0.0381617706f,  0.0204231409f, -0.00259530939f, 0.0041846045f,
-                           -0.00800063844f, 0.00316712128f};
-    return step(x, c, 5.6f);
 }
 
 // Σ over channels of term(c, v) for each vector, in parts: sums of many channels would lose accuracy.

@@ -1,0 +1,96 @@
+// GELU's Φ(x), and the derivative of x·Φ(x), by polynomials for 15 pieces of |x|, looked up in registers: that takes
+// fewer operations than one polynomial for all, of many terms.
+#pragma once
+
+#include <cmath>
+
+#include "tiles.h"
+
+#ifdef TILES
+
+namespace {
+
+constexpr int kPieces = 16;
+
+// A polynomial for each piece: its terms.
+template <int Terms>
+struct Pieces {
+    float c[Terms][kPieces] = {};
+
+    // f in units of which |t| ≤ 1/2 is around each of 0 to 14, by what equals it at the zeros of Chebyshev's
+    // polynomial; 1/2 in the last piece.
+    template <class F>
+    Pieces(F f) {
+        c[0][kPieces - 1] = 0.5f;
+        for (int k = 0; k < kPieces - 1; ++k) {
+            double at[Terms], difference[Terms], sum[Terms] = {};
+            for (int i = 0; i < Terms; ++i) at[i] = std::cos(M_PI * (i + 0.5) / Terms) / 2, difference[i] = f(k + at[i]);
+            for (int n = 1; n < Terms; ++n)
+                for (int i = Terms - 1; i >= n; --i)
+                    difference[i] = (difference[i] - difference[i - 1]) / (at[i] - at[i - n]);
+            for (int i = Terms - 1; i >= 0; --i) {  // Newton's form: sum · (t - at) + difference
+                for (int n = Terms - 1; n > 0; --n) sum[n] = sum[n - 1] - at[i] * sum[n];
+                sum[0] = difference[i] - at[i] * sum[0];
+            }
+            for (int n = 0; n < Terms; ++n) c[n][k] = sum[n];
+        }
+    }
+};
+
+// Both are 1/2 and an odd function, 1/2 of |x| ≥ limit.
+template <int Terms>
+class Gelu {
+    const float unit_;
+    const Pieces<Terms> cdf_, slope_;
+
+    static double cdf(double x) { return std::erf(x * M_SQRT1_2) / 2; }
+    static double slope(double x) { return cdf(x) + x * std::exp(-x * x / 2) * M_SQRT1_2 * M_2_SQRTPI / 2; }
+
+    struct Place {
+        Bits bits;  // the lowest are the piece's number
+        Vec t;
+    };
+    Place place(Vec x) const {
+        constexpr float last = kPieces - 1, rounds = 3 << 22;  // so large that the sum has no fraction
+        const Vec u = minimum(all(last), (Vec)((Bits)x & 0x7fffffffu) * unit_), rounded = u + rounds;
+        return {(Bits)rounded, u - (rounded - rounds)};
+    }
+    static Vec evaluated(const Pieces<Terms>& pieces, Vec x, const Place& at) {
+        Vec sum = looked_up(pieces.c[Terms - 1], at.bits);
+#pragma GCC unroll 8
+        for (int n = Terms - 2; n >= 0; --n) sum = multiplied_added(sum, at.t, looked_up(pieces.c[n], at.bits));
+        return (Vec)((Bits)sum ^ ((Bits)x & 0x80000000u)) + 0.5f;
+    }
+
+  public:
+    Gelu(double limit)
+        : unit_((kPieces - 1.5) / limit),
+          cdf_([&](double u) { return cdf(u / unit_); }),
+          slope_([&](double u) { return slope(u / unit_); }) {}
+
+    Vec normal_cdf(Vec x) const { return evaluated(cdf_, x, place(x)); }
+    struct Both {
+        Vec cdf, slope;
+    };
+    Both both(Vec x) const {
+        const Place at = place(x);
+        return {evaluated(cdf_, x, at), evaluated(slope_, x, at)};
+    }
+};
+
+// Off by no more than a float's last bits; for pairs by little beside the rounding to bfloat16 (2e-6, the slope 2e-5).
+const Gelu<6> kGelu(5.6);
+const Gelu<4> kRoughGelu(4.8);
+
+template <class Dot>
+constexpr const auto& gelu() {
+    if constexpr (Dot::kDepth == 2) {
+        return kRoughGelu;
+    } else {
+        return kGelu;
+    }
+}
+
+}  // namespace
+
+#endif
