@@ -23,7 +23,7 @@ from hornet_lit.network import native
 from hornet_lit.network.layers import needed, observed
 from hornet_lit.network.native.arguments import Convolution, Int, Pointer, map_like, pointer, rows
 from hornet_lit.network.native.steps import Call, Steps
-from hornet_lit.network.operations import operation
+from hornet_lit.network.operations import operation, readable
 
 KERNEL_SIZES = (3, 5, 7, 9, 11)
 CONVOLUTIONS = {torch.float32: "depthwise_conv_f32", torch.bfloat16: "depthwise_conv_bf16"}
@@ -47,9 +47,9 @@ TRITON = _asked_for(os.environ.get("HORNET_LIT_TRITON", ""))
 
 def depthwise_conv2d(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
     """Depth-wise K×K convolution, stride 1, zero-padded to keep H×W: `F.conv2d` with another way back on CPUs."""
-    if observed():
-        return _by_library(x_BCHW, weight_C1KK, bias_C)
     device = x_BCHW.device.type
+    if observed() or device not in ("cpu", TRITON_DEVICE):
+        return _by_library(x_BCHW, weight_C1KK, bias_C)
     x_BCHW, weight_C1KK, bias_C = _as_under_autocast(x_BCHW, weight_C1KK, bias_C)
     trained = needed(weight_C1KK)
     by_triton = device == TRITON_DEVICE and ("forward" in TRITON or (trained and "weight_grad" in TRITON))
@@ -156,8 +156,8 @@ def depthwise_weight_grad(
     b, h, w, c = x_BHWC.shape
     threads, vectors = torch.get_num_threads(), -(-c // library.lanes())
     shares = 1 if vectors % threads == 0 or vectors > 4 * threads else min(threads, b)  # few vectors share unevenly
-    weight_SC1KK = torch.empty(shares, c, 1, kernel_size, kernel_size)
-    bias_SC = torch.empty(shares, c)
+    weight_SC1KK = x_BCHW.new_empty(shares, c, 1, kernel_size, kernel_size, dtype=torch.float32)
+    bias_SC = x_BCHW.new_empty(shares, c, dtype=torch.float32)
     pointers = [Pointer(pointer(t)) for t in (x_BHWC, grad_BHWC, weight_SC1KK, bias_SC)]
     sizes = map(Int, (b, h, w, c, kernel_size, shares, threads))
     failed = getattr(library, SYMBOLS[x_BHWC.dtype])(*pointers, *sizes)
@@ -173,7 +173,7 @@ def _(x_BCHW: torch.Tensor, grad_BCHW: torch.Tensor, kernel_size: int) -> tuple[
 
 def _by_native(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> bool:
     dtype = x_BCHW.dtype
-    if not x_BCHW.is_cpu or dtype not in CONVOLUTIONS or x_BCHW.ndim != 4:
+    if not x_BCHW.is_cpu or dtype not in CONVOLUTIONS or x_BCHW.ndim != 4 or not readable(weight_C1KK, bias_C):
         return False
     # What does not fit is left to the library, which says so.
     channels, k = x_BCHW.shape[1], weight_C1KK.shape[-1]

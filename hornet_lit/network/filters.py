@@ -52,7 +52,7 @@ class DepthwiseConv(nn.Conv2d):
 
     def filtered_in_turn(self, x_BCHW: torch.Tensor, *, steps: Steps) -> list[torch.Tensor] | None:
         """`forward` by a kernel whose call is added to ``steps``, to be made later; None if that would be another."""
-        if type(self).forward is not DepthwiseConv.forward or changed(self):
+        if type(self) is not DepthwiseConv or changed(self):
             return None
         bias = None if self.bias is None else self.bias * self.scale
         y_BCHW = depthwise_conv2d_in_turn(x_BCHW, self.weight * self.scale, bias, steps)
@@ -107,6 +107,8 @@ class GlobalLocalFilter(nn.Module):
         self, local_BCHW: torch.Tensor, global_BCHW: torch.Tensor, *, steps: Steps
     ) -> list[torch.Tensor] | None:
         """`filtered` by kernels whose calls are added to ``steps``, to be made later; None where none serve."""
+        if type(self) is not GlobalLocalFilter:
+            return None
         local_BCHW = depthwise_conv2d_in_turn(local_BCHW, self.dw.weight, None, steps)
         global_BCHW = filter_spectrum_in_turn(global_BCHW, self.complex_weight, steps)
         return None if local_BCHW is None or global_BCHW is None else [local_BCHW, global_BCHW]

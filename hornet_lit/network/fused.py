@@ -22,7 +22,7 @@ from hornet_lit.network import native
 from hornet_lit.network.layers import GELU, ChannelLinear, changed, observed
 from hornet_lit.network.native.arguments import pointer
 from hornet_lit.network.native.steps import Call
-from hornet_lit.network.operations import PLAIN, dispatched
+from hornet_lit.network.operations import dispatched, readable
 
 MOST_BYTES = 2**30  # for all threads' sums in a backward kernel: few threads for wide layers on large machines
 EVEN = 16  # images a thread from which on one more for some threads matters little
@@ -36,12 +36,19 @@ def may_take_turns(x_BCHW: torch.Tensor) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x_BCHW.is_cpu or x_BCHW.ndim != 4:
         return False
     batch, threads = x_BCHW.shape[0], torch.get_num_threads()
-    return (batch % threads == 0 or batch >= EVEN * threads) and batch > 0 and not dispatched(x_BCHW)
+    even = batch % threads == 0 or batch >= EVEN * threads
+    return even and batch > 0 and not observed() and not dispatched(x_BCHW)
 
 
-def usable(x_BCHW: torch.Tensor, norm: nn.Module, *linears: nn.Module, act: nn.Module | None = None) -> bool:
+def usable(
+    x_BCHW: torch.Tensor,
+    norm: nn.Module,
+    *linears: nn.Module,
+    scale_C: torch.Tensor | None,
+    act: nn.Module | None = None,
+) -> bool:
     """Whether the fused operations may stand for these modules here: nobody can look in between or has changed them."""
-    if not x_BCHW.is_cpu or x_BCHW.ndim != 4 or observed():
+    if not x_BCHW.is_cpu or x_BCHW.ndim != 4 or observed() or not readable(scale_C):
         return False
     autocast, dtype = torch.is_autocast_enabled("cpu"), x_BCHW.dtype
     pairs = autocast or dtype == torch.bfloat16
@@ -84,7 +91,7 @@ def _plain(module: nn.Module, dtypes: Sequence[torch.dtype], kinds: Sequence[typ
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if weight is None or bias is None or bias.shape != weight.shape[:1]:
         return False
-    if type(weight) not in PLAIN or type(bias) not in PLAIN or not weight.is_cpu or not bias.is_cpu:
+    if not readable(weight, bias):
         return False
     return weight.dtype in dtypes and bias.dtype in dtypes
 
@@ -122,7 +129,7 @@ def weights_type(x_BCHW: torch.Tensor) -> torch.dtype:
 def fitting_weight(linear: nn.Conv2d | nn.Linear, size: tuple[int, int]) -> torch.Tensor:
     """The layer's weight (N, K), or (N, K, 1, 1) as a convolution has it."""
     weight_NK = linear.weight
-    if weight_NK.shape[:2] != size:
+    if weight_NK.shape[:2] != size or weight_NK.numel() != size[0] * size[1]:
         raise ValueError(f"a layer of {size[1]} channels in and {size[0]} out belongs here, not {linear}")
     return weight_NK
 

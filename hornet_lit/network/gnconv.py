@@ -78,7 +78,7 @@ class GnConv(Recomputing):
     ) -> torch.Tensor | None:
         """`normed`, plus x, by kernels alone whose calls are added to ``steps``, to be made later; None where one of
         them cannot serve."""
-        if not hasattr(type(self.dwconv), "filtered_in_turn"):
+        if type(self) is not GnConv or not hasattr(type(self.dwconv), "filtered_in_turn"):
             return None
         return self._normed(x_BCHW, norm, scale_C, True, steps)
 
@@ -93,7 +93,7 @@ class GnConv(Recomputing):
         x_BCHW, linears = promoted(x_BCHW, scale_C), [*self.pws, self.proj_out]
         if type(self).forward is not GnConv.forward or changed(self) or len(linears) > MAX_ORDER:
             return None
-        if not usable(x_BCHW, norm, self.proj_in, *linears):
+        if not usable(x_BCHW, norm, self.proj_in, *linears, scale_C=scale_C):
             return None
         norms = None
         if hasattr(type(self.dwconv), "fusible_norms"):  # as of a mixer: not what a wrapper only hands on

@@ -87,7 +87,7 @@ class Block(Recomputing):
         return self.gnconv.normed(x_BCHW, self.norm1, self.gamma1, residual=residual)
 
     def _fused_mlp(self, x_BCHW: torch.Tensor, residual: bool, steps: Steps | None = None) -> torch.Tensor | None:
-        if not usable(x_BCHW, self.norm2, self.pwconv1, self.pwconv2, act=self.act):
+        if not usable(x_BCHW, self.norm2, self.pwconv1, self.pwconv2, scale_C=self.gamma2, act=self.act):
             return None
         layers = self.norm2, self.pwconv1, self.pwconv2
         return norm_mlp(x_BCHW, *layers, self.gamma2, residual=residual, steps=steps)
@@ -96,7 +96,7 @@ class Block(Recomputing):
         """`forward` by kernels alone whose calls are added to ``steps``, to be made later; None where one of them
         cannot serve, or somebody needs to see this block's own input and output."""
         dropping = self.training and not isinstance(self.drop_path, nn.Identity)
-        if dropping or type(self).forward is not Block.forward or changed(self):
+        if dropping or type(self) is not Block or changed(self):
             return None
         if not hasattr(type(self.gnconv), "normed_in_turn"):
             return None

@@ -42,9 +42,9 @@ def needed(*tensors: torch.Tensor | None) -> bool:
 
 
 def changed(module: nn.Module) -> bool:
-    """Whether a module has hooks, or a ``forward`` of its own beside its class's."""
+    """Whether a module has hooks, or a ``forward`` of its own beside its class's, or was compiled in place."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module)
+    return bool(hooks) or "forward" in vars(module) or module._compiled_call_impl is not None
 
 
 class ChannelLinear(nn.Linear):

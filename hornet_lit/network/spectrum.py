@@ -21,7 +21,7 @@ from hornet_lit.network import native
 from hornet_lit.network.layers import exporting, needed, observed
 from hornet_lit.network.native.arguments import Filter, Pointer, map_like, pointer
 from hornet_lit.network.native.steps import Call, Steps
-from hornet_lit.network.operations import operation
+from hornet_lit.network.operations import operation, readable
 
 Size = tuple[int, int]
 Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -95,7 +95,8 @@ def by_products(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor
 
 
 def _by_kernel(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> bool:
-    if x_BCHW.device.type != "cpu" or max(x_BCHW.shape[-2:]) > LONGEST_KERNEL_SIDE.get(x_BCHW.dtype, 0):
+    longest = LONGEST_KERNEL_SIDE.get(x_BCHW.dtype, 0)
+    if not x_BCHW.is_cpu or max(x_BCHW.shape[-2:]) > longest or not readable(weight_CHF2):
         return False
     # What does not fit is left to the library, which says so.
     return len(weight_CHF2) == x_BCHW.shape[1] and not observed() and _built()
@@ -119,14 +120,15 @@ def _pixels(x_BCHW: torch.Tensor) -> tuple[torch.Tensor, int]:
 def _call(name: str, x_BCHW: torch.Tensor, **tensors: torch.Tensor) -> Call:
     x_BHWC, x_pitch = _pixels(x_BCHW)
     b, h, w, c = x_BHWC.shape
-    matrices = (Pointer * 8)(*map(pointer, _matrices((h, w))))
-    arguments = Filter(B=b, H=h, W=w, C=c, x=pointer(x_BHWC), x_pitch=x_pitch, matrices=matrices)
+    matrices = _matrices((h, w))
+    arguments = Filter(B=b, H=h, W=w, C=c, x=pointer(x_BHWC), x_pitch=x_pitch)
+    arguments.matrices = (Pointer * 8)(*map(pointer, matrices))
     if "dy" in tensors:
         tensors["dy"], arguments.dy_pitch = _pixels(tensors["dy"])
     for field, tensor in tensors.items():
         setattr(arguments, field, pointer(tensor))
     name += "_f32" if x_BHWC.dtype == torch.float32 else "_bf16"
-    return Call("spectrum", name, arguments, (x_BHWC, tensors))
+    return Call("spectrum", name, arguments, (x_BHWC, tensors, matrices))
 
 
 def _filter_call(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor, y_BCHW: torch.Tensor) -> Call:
@@ -194,7 +196,7 @@ def _products(size: Size, like: torch.Tensor) -> Products:
     key = ((int(size[0]), int(size[1])), like.dtype, like.device)
     if key not in _products_of:
         with torch.inference_mode(False):  # kept tensors must serve training too
-            _products_of[key] = _dft(size, like.dtype, like.device)
+            return _products_of.setdefault(key, _dft(size, like.dtype, like.device))
     return _products_of[key]
 
 
@@ -203,7 +205,8 @@ def _matrices(size: Size) -> list[torch.Tensor]:
     if size not in _all_of:
         products = _products(size, torch.empty(0, dtype=torch.float32, device="cpu"))
         with torch.inference_mode(False):
-            _all_of[size] = [*products, *(matrix.T.contiguous() for matrix in products)]
+            # Another thread may have been faster, and be at work with its own.
+            return _all_of.setdefault(size, [*products, *(matrix.T.contiguous() for matrix in products)])
     return _all_of[size]
 
 

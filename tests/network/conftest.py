@@ -75,8 +75,8 @@ GLOBAL = {"dim": 24, "mixer": global_mixer(3), "size": (11, 7)}  # for `small_bl
 def small_network(**options) -> HorNet:
     torch.manual_seed(0)
     mixers = [partial(GnConv, order=o, filter=DepthwiseConv) for o in (2, 3)]
-    options = {"depths": (1, 1), "base_dim": 12, "img_size": 16, "num_classes": 5, "ls_init_value": 0.5} | options
-    return shaken(HorNet(mixers=mixers, stem_stride=2, **options))
+    defaults = {"depths": (1, 1), "base_dim": 12, "img_size": 16, "num_classes": 5, "ls_init_value": 0.5}
+    return shaken(HorNet(**{"mixers": mixers, "stem_stride": 2} | defaults | options))
 
 
 def maps(*shape: int, seed: int = 2) -> torch.Tensor:

@@ -37,6 +37,19 @@ def test_a_gradient_of_another_type_is_converted_and_not_misread() -> None:
     assert (ours.double() - exact).abs().max() <= 2e-2 * exact.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_type_changes_nothing(dtype: torch.dtype) -> None:
+    x, grad = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)
+    expected = depthwise_weight_grad(x, grad, 7)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = depthwise_weight_grad(x, grad, 7)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
 def test_the_kernel_is_what_runs_here_where_there_is_a_compiler() -> None:
     import shutil
 

@@ -139,6 +139,7 @@ def test_maps_that_do_not_fit_are_errors_and_not_read() -> None:
         ("gnconv.proj_in", lambda _: nn.Conv2d(20, 44, 1)),
         ("gnconv.pws.0", lambda _: nn.Conv2d(5, 8, 1)),
         ("gnconv.proj_out", lambda _: nn.Conv2d(30, 20, 1)),
+        ("gnconv.proj_in.weight", lambda _: nn.Parameter(torch.ones(40, 20, 3, 3))),
         ("gamma1", lambda _: nn.Parameter(torch.ones(19))),
         ("gamma2", lambda _: nn.Parameter(torch.ones(1, 20))),
         ("norm2.bias", lambda _: nn.Parameter(torch.ones(19))),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -162,6 +164,45 @@ def test_matrices_made_without_gradients_serve_training(monkeypatch: pytest.Monk
         spectrum.filter_spectrum(x_BCHW, weight_CHF2)
     spectrum.filter_spectrum(x_BCHW.requires_grad_(), weight_CHF2).sum().backward()
     assert x_BCHW.grad is not None
+
+
+@pytest.mark.parametrize("longest", [{}, spectrum.LONGEST_KERNEL_SIDE])
+def test_threads_that_meet_a_size_at_once(monkeypatch: pytest.MonkeyPatch, longest: dict) -> None:
+    """Both make its matrices: those that one of them uses must not be freed by the other."""
+    x_BCHW, weight_CHF2 = drawn(12, 10)
+    expected, made, dft, both = spectrum.filter_spectrum(x_BCHW, weight_CHF2), [], spectrum._dft, threading.Barrier(2)
+    for name in ("_products_of", "_all_of"):
+        monkeypatch.setattr(spectrum, name, {})
+    monkeypatch.setattr(spectrum, "LONGEST_KERNEL_SIDE", longest)
+
+    def at_once(*arguments) -> spectrum.Products:  # type: ignore[no-untyped-def]
+        both.wait(timeout=60)
+        made.append(dft(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(spectrum, "_dft", at_once)
+    found = [None, None]
+
+    def filtered(i: int) -> None:
+        found[i] = spectrum.filter_spectrum(x_BCHW, weight_CHF2)
+
+    threads = [threading.Thread(target=filtered, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 2 and len(spectrum._products_of) == 1
+    for y_BCHW in found:
+        assert error(y_BCHW, expected) < 1e-5
+
+
+def test_a_call_keeps_the_matrices_it_points_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_BCHW, weight_CHF2 = drawn(12, 10)
+    call = spectrum._filter_call(x_BCHW, weight_CHF2, torch.empty_like(x_BCHW))
+    matrices = spectrum._matrices((12, 10))
+    monkeypatch.setattr(spectrum, "_all_of", {})
+    assert list(call.arguments.matrices) == [matrix.data_ptr() for matrix in matrices]
+    assert any(kept is matrices for kept in call.tensors)
 
 
 def test_tensors_without_data_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hornet_lit.network import GnConv, HorNet, fused
-from hornet_lit.network.filters import DepthwiseConv
+from hornet_lit.network.filters import DepthwiseConv, GlobalLocalFilter
 from hornet_lit.network.hornet import Block, _in_turn
 from hornet_lit.network.native.steps import Call, Steps
 from tests.network.conftest import (
     FORWARD,
+    GLOBAL,
     assert_near,
     global_mixer,
     maps,
@@ -234,6 +235,76 @@ def test_a_filter_of_ones_own_gets_maps_that_are_there(made: list[int]) -> None:
             y_BCHW = _in_turn(stage, x_BCHW)
             assert_near(y_BCHW, one_by_one(copy.deepcopy(stage).double(), x_BCHW.double()))
     assert set(made) <= {0}
+
+
+class OtherBlock(Block):
+    def _mlp(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return 2 * super()._mlp(x_BCHW)
+
+    def _fused_mlp(self, *arguments, **options) -> None:  # type: ignore[no-untyped-def]
+        return None
+
+
+class OtherMixer(GnConv):
+    def normed(self, *arguments, **options) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        return 2 * super().normed(*arguments, **options)
+
+
+class OtherFilter(GlobalLocalFilter):
+    def filtered(self, *maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        local_BCHW, global_BCHW = super().filtered(*maps)
+        return 2 * local_BCHW, global_BCHW
+
+
+@needs_kernels
+@pytest.mark.parametrize("other", ["block", "mixer", "filter"])
+def test_what_a_subclass_does_otherwise_is_done(other: str) -> None:
+    block, x_BCHW = small_block(**GLOBAL), maps(2, 24, 11, 7)
+    if other == "block":
+        block.__class__ = OtherBlock
+    elif other == "mixer":
+        block.gnconv.__class__ = OtherMixer
+    else:
+        block.gnconv.dwconv.__class__ = OtherFilter
+    torch.set_num_threads(2)
+    expected = block(x_BCHW)
+    with torch.no_grad():
+        assert torch.equal(_in_turn(stage_of(block), x_BCHW), block(x_BCHW))
+        assert_near(block(x_BCHW), expected.double())
+
+
+@needs_kernels
+@pytest.mark.parametrize("path", ["stages.0", "stages.1.0", "stages.0.0.gnconv", "stages.0.0.norm2"])
+def test_modules_compiled_in_place_are_called(path: str, made: list[int]) -> None:
+    network, x_BCHW, called = small_network().eval(), maps(2, 3, 16, 16), []
+    module = network.get_submodule(path)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        def run(*arguments: torch.Tensor) -> object:
+            called.append(path)
+            return graph(*arguments)
+
+        return run
+
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        expected = network(x_BCHW)
+        torch._dynamo.reset()
+        module.compile(backend=backend)
+        assert_near(network(x_BCHW), expected.double())
+    assert called
+
+
+@needs_kernels
+def test_hooks_on_all_modules_are_heard() -> None:
+    network, x_BCHW, heard = small_network().eval(), maps(2, 3, 16, 16), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: heard.append(module))
+    try:
+        with torch.no_grad():
+            network(x_BCHW)
+    finally:
+        handle.remove()
+    assert {*network.stages, *(block for stage in network.stages for block in stage)} <= set(heard)
 
 
 def test_a_call_keeps_what_it_points_to() -> None:
