@@ -137,7 +137,7 @@ def _(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | No
     return torch.empty_like(x_BCHW, memory_format=torch.channels_last)
 
 
-@operation("depthwise_weight_grad")
+@operation("depthwise_weight_grad", maps=2)
 def depthwise_weight_grad(
     x_BCHW: torch.Tensor, grad_BCHW: torch.Tensor, kernel_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
