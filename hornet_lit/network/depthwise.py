@@ -173,7 +173,7 @@ def _(x_BCHW: torch.Tensor, grad_BCHW: torch.Tensor, kernel_size: int) -> tuple[
 
 def _by_native(x_BCHW: torch.Tensor, weight_C1KK: torch.Tensor, bias_C: torch.Tensor | None) -> bool:
     dtype = x_BCHW.dtype
-    if not x_BCHW.is_cpu or dtype not in CONVOLUTIONS or x_BCHW.ndim != 4 or not readable(weight_C1KK, bias_C):
+    if dtype not in CONVOLUTIONS or x_BCHW.ndim != 4 or not readable(x_BCHW, weight_C1KK, bias_C):
         return False
     # What does not fit is left to the library, which says so.
     channels, k = x_BCHW.shape[1], weight_C1KK.shape[-1]

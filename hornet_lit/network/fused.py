@@ -48,7 +48,7 @@ def usable(
     act: nn.Module | None = None,
 ) -> bool:
     """Whether the fused operations may stand for these modules here: nobody can look in between or has changed them."""
-    if not x_BCHW.is_cpu or x_BCHW.ndim != 4 or observed() or not readable(scale_C):
+    if not x_BCHW.is_cpu or x_BCHW.ndim != 4 or observed() or not readable(x_BCHW, scale_C):
         return False
     autocast, dtype = torch.is_autocast_enabled("cpu"), x_BCHW.dtype
     pairs = autocast or dtype == torch.bfloat16

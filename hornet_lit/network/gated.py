@@ -33,7 +33,7 @@ from hornet_lit.network.operations import operation
 # biases, the scale, the norm's two.
 
 
-@operation("gates")
+@operation("gates", maps=2)
 def _gates(
     p_BPHW: torch.Tensor,
     gates: Sequence[torch.Tensor],
@@ -86,7 +86,7 @@ def _gates_arguments(
     return arguments
 
 
-@operation("gates_backward")
+@operation("gates_backward", maps=3)
 def _gates_backward(
     dy_BCHW: torch.Tensor,
     p_BPHW: torch.Tensor,

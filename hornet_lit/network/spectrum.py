@@ -95,8 +95,7 @@ def by_products(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> torch.Tensor
 
 
 def _by_kernel(x_BCHW: torch.Tensor, weight_CHF2: torch.Tensor) -> bool:
-    longest = LONGEST_KERNEL_SIDE.get(x_BCHW.dtype, 0)
-    if not x_BCHW.is_cpu or max(x_BCHW.shape[-2:]) > longest or not readable(weight_CHF2):
+    if max(x_BCHW.shape[-2:]) > LONGEST_KERNEL_SIDE.get(x_BCHW.dtype, 0) or not readable(x_BCHW, weight_CHF2):
         return False
     # What does not fit is left to the library, which says so.
     return len(weight_CHF2) == x_BCHW.shape[1] and not observed() and _built()

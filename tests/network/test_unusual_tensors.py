@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -88,12 +89,42 @@ def test_weights_still_to_be_negated(name: str, options: dict, in_turn: bool) ->
         assert_near(y_BCHW, exact(x_BCHW.double()))
 
 
+def halved(values: torch.Tensor) -> torch.Tensor:
+    return Halved(values / 2)
+
+
+@pytest.mark.parametrize("make", [negated, halved])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("options", [{}, GLOBAL])
-def test_maps_still_to_be_negated(options: dict, recorded: bool) -> None:
+def test_such_maps(options: dict, recorded: bool, layout: torch.memory_format, make: Callable) -> None:
     block, x_BCHW = block_and_map(options)
+    x_BCHW = x_BCHW.contiguous(memory_format=layout)
+    if make is halved:
+        block.requires_grad_(False)
     with torch.set_grad_enabled(recorded):
-        assert_near(block(negated(x_BCHW)), copy.deepcopy(block).double()(x_BCHW.double()))
+        assert_near(block(made_like(x_BCHW, make)), copy.deepcopy(block).double()(x_BCHW.double()))
+
+
+def made_like(x_BCHW: torch.Tensor, make: Callable) -> torch.Tensor:
+    x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+    return make(x_BHWC).permute(0, 3, 1, 2) if x_BHWC.is_contiguous() else make(x_BCHW)
+
+
+class Unusual(DepthwiseConv):
+    make: Callable
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return made_like(super().forward(x_BCHW), self.make)
+
+
+@pytest.mark.parametrize("make", [negated, halved])
+def test_what_a_filter_gives(make: Callable) -> None:
+    block, x_BCHW = block_and_map({})
+    exact = copy.deepcopy(block).double()
+    block.gnconv.dwconv.__class__ = type("Other", (Unusual,), {"make": staticmethod(make)})
+    with torch.no_grad():
+        assert_near(block(x_BCHW), exact(x_BCHW.double()))
 
 
 @pytest.mark.parametrize("options", [{}, GLOBAL])
