@@ -50,6 +50,8 @@ def usable(
     """Whether the fused operations may stand for these modules here: nobody can look in between or has changed them."""
     if not x_BCHW.is_cpu or x_BCHW.ndim != 4 or observed() or not readable(x_BCHW, scale_C):
         return False
+    if scale_C is not None and scale_C.numel() != x_BCHW.shape[1]:
+        return False
     autocast, dtype = torch.is_autocast_enabled("cpu"), x_BCHW.dtype
     pairs = autocast or dtype == torch.bfloat16
     if dtype not in (torch.float32, torch.bfloat16) or not _built(pairs):
@@ -159,9 +161,9 @@ def fitting_scale(scale_C: torch.Tensor | None, x_BCHW: torch.Tensor) -> torch.T
     channels = x_BCHW.shape[1]
     if scale_C is None:
         return x_BCHW.new_ones(channels, dtype=torch.float32)
-    if tuple(scale_C.shape) != (channels,):
+    if scale_C.numel() != channels:
         raise ValueError(f"a scale of {tuple(scale_C.shape)} does not fit {channels} channels")
-    return vector(scale_C)
+    return vector(scale_C if scale_C.ndim == 1 else scale_C.flatten())
 
 
 def workers(weights: Sequence[torch.Tensor], threads: int) -> int:

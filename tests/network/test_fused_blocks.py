@@ -141,7 +141,7 @@ def test_maps_that_do_not_fit_are_errors_and_not_read() -> None:
         ("gnconv.proj_out", lambda _: nn.Conv2d(30, 20, 1)),
         ("gnconv.proj_in.weight", lambda _: nn.Parameter(torch.ones(40, 20, 3, 3))),
         ("gamma1", lambda _: nn.Parameter(torch.ones(19))),
-        ("gamma2", lambda _: nn.Parameter(torch.ones(1, 20))),
+        ("gamma2", lambda _: nn.Parameter(torch.ones(2, 20))),
         ("norm2.bias", lambda _: nn.Parameter(torch.ones(19))),
     ],
 )
@@ -150,6 +150,14 @@ def test_layers_that_do_not_fit_are_errors_and_not_read(path: str, make: Callabl
     replaced(path, make)(block)
     with pytest.raises((RuntimeError, ValueError), match=r"channels|fit|shape|size"):
         block(maps(2, 20, 7, 5))
+
+
+@pytest.mark.parametrize("shape", [(1, 20), (20, 1, 1), (4, 5), (1,)])
+def test_a_scale_has_any_shape_that_pytorch_takes(shape: tuple[int, ...]) -> None:
+    block = small_block()
+    for path in ("gamma1", "gamma2"):
+        replaced(path, lambda _: nn.Parameter(torch.randn(shape)))(block)
+    assert_exact(block, maps(2, 20, 7, 5))
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_a_wrapped_mixer_computes_what_it_is() -> None:
     assert_near(block(x_BCHW), copy.deepcopy(block).double()(x_BCHW.double()))
 
 
+@needs_kernels
 @pytest.mark.parametrize("outputs", [95, 97, 128])
 def test_a_projection_of_another_width_is_an_error_and_not_read(outputs: int) -> None:
     block = small_block(48, 3, mixer=global_mixer(3))

@@ -158,7 +158,7 @@ void mlp_backward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T, 
     const auto run = [&](auto size, const Tile& t, Vec* scratch, const Kept<Dot>& kept, Vec* lanes) {
         constexpr int V = decltype(size)::value;
         Vec *x = scratch, *in = x + a.C * V, *dy = in + a.C * V, *dx = dy + a.C * V, *next = dx + a.C * V, inverse[V];
-        const auto [dh, D] = in_place<Dot, V>(kept.d[0], next);
+        const Place dh = in_place<Dot, V>(kept.d[0], next);
         const auto* kept_h = a.h + t.first * a.N;  // at any address: hooks may have moved what was kept
         enter<V>(a.dy, t, a.C, M, dy);
         turn<Dot, V>(dy, a.C, kept.rows[1]);
@@ -169,7 +169,7 @@ void mlp_backward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T, 
             const auto [cdf, slope] = gelu<Dot>().both(h);
             const Vec d = sum * slope;
             store(h * cdf, kept.d[1] + (n * kWidth + v) * kLanes, kLanes);
-            dh[n * D + v] = d;
+            dh.at[n * dh.pitch + v] = d;
             lanes[n] += d;
         });
         enter<V>(a.x, t, a.C, M, x);
@@ -177,9 +177,9 @@ void mlp_backward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T, 
         affine<V>(x, a.C, a.norm, in);
         turn<Dot, V>(in, a.C, kept.rows[0]);
         add_lanes<V>(dy, a.C, lanes + a.N);
-        if (Dot::kDepth > 1) keep<Dot, V>(dh, a.N, kept.d[0]);
-        pack<Dot>(dh, a.N, V);
-        product<V, Dot>(w1, a.C, dh, D, a.N, [&](int64_t c, int v, Vec sum) { dx[c * V + v] = sum; });
+        if (Dot::kDepth > 1) keep<Dot, V>(dh.at, a.N, kept.d[0]);
+        pack<Dot>(dh.at, a.N, V);
+        product<V, Dot>(w1, a.C, dh.at, dh.pitch, a.N, [&](int64_t c, int v, Vec sum) { dx[c * V + v] = sum; });
         norm_back<V>(dx, x, inverse, a.C, a.norm, lanes + a.N + a.C, lanes + a.N + 2 * a.C);
         if (a.residual)
             for (int64_t i = 0; i < a.C * V; ++i) dx[i] += dy[i];

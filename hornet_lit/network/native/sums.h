@@ -3,8 +3,6 @@
 // M pixels, C channels, K channels in, N channels out, T threads, V vectors of pixels, R rows of a product at a time.
 #pragma once
 
-#include <utility>
-
 #include "tiles.h"
 
 #ifdef TILES
@@ -65,9 +63,14 @@ struct Kept {  // of a group, or from one of its tiles on
     int64_t pixels;
 };
 
-// Where to compute a tile that becomes a d, and its pitch: floats at once where they are kept.
+struct Place {
+    Vec* at;
+    int64_t pitch;
+};
+
+// Where to compute a tile that becomes a d: floats at once where they are kept.
 template <class Dot, int V>
-std::pair<Vec*, int64_t> in_place(typename Dot::Element* d, Vec* scratch) {
+Place in_place(typename Dot::Element* d, Vec* scratch) {
     if (Dot::kDepth > 1) return {scratch, V};
     return {reinterpret_cast<Vec*>(d), kWidth};
 }
