@@ -15,7 +15,7 @@ from torch import distributed
 
 from hornet_lit.cli_errors import UserError
 from hornet_lit.cli_process import Process, exit_code
-from hornet_lit.guard import save_last
+from hornet_lit.last import save_last
 from hornet_lit.writers.metrics import MetricsWriter
 
 FIRST_BATCH = {"ready": 1, "started": 1, "processed": 0, "completed": 0}  # Lightning's counters within a first batch

@@ -9,10 +9,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
+
+from hornet_lit.last import save_last
 
 
 class NonFiniteError(RuntimeError):
@@ -113,17 +114,6 @@ class GuardedModule(pl.LightningModule):
         for counters in (loop.batch_progress.current, loop.batch_progress.total):
             counters.ready = counters.started = counters.completed = counters.processed = counters.processed - back
         return save_last(self.trainer)
-
-
-def save_last(trainer: pl.Trainer) -> Path | None:
-    """Saves the training in place of its last checkpoint; None where the run keeps none. All processes call it."""
-    saver = trainer.checkpoint_callback
-    if not isinstance(saver, ModelCheckpoint) or not saver.dirpath or trainer.fast_dev_run:
-        return None
-    path = Path(saver.last_model_path or Path(saver.dirpath, "last.ckpt"))
-    saver.last_model_path = str(path)  # known to the checkpoint, so that a resumed run replaces it
-    trainer.save_checkpoint(path, weights_only=False)
-    return path
 
 
 def stage_norms(network: nn.Module) -> dict[str, float]:

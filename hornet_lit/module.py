@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from timm.data import ImageNetInfo, Mixup
 from torch import nn
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from hornet_lit.averaging import AveragedModule
 from hornet_lit.evaluation import Batch, EvaluatedModule, new_metrics
 from hornet_lit.guard import GuardedModule
+from hornet_lit.last import LastCheckpoint
 from hornet_lit.network import load_weights
 from hornet_lit.network.build import build_network
 from hornet_lit.network.sharding import shard
@@ -239,6 +240,9 @@ class ImageClassifier(AveragedModule, GuardedModule, EvaluatedModule):
         if self.hparams["channels_last"]:
             x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         return self.network(x_BCHW)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [LastCheckpoint()]
 
     def on_fit_start(self) -> None:
         hparams = self.hparams
