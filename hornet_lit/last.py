@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 class LastCheckpoint(Checkpoint):
     """Saves the last checkpoint where ModelCheckpoint's `save_last` has left it behind.
 
-    Lightning from 2.6 on saves it only together with one of the best: a run whose accuracy stands still would go on from
-    its best epoch after a kill, and end with that for its last. Of a kind that Lightning calls last, in the order given.
+    Lightning from 2.6 on saves it only together with one of the best: a run whose accuracy stands still would go on
+    from its best epoch after a kill, and end with that for its last. A Checkpoint, so that its turn comes after theirs.
     """
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -51,8 +53,8 @@ def test_another_default_type_changes_nothing(dtype: torch.dtype) -> None:
 
 
 def test_the_kernel_is_what_runs_here_where_there_is_a_compiler() -> None:
-    import shutil
-
+    if os.environ.get("HORNET_LIT_NATIVE") or os.environ.get("CXX"):
+        pytest.skip("the environment says what is to run")
     assert (native.library("depthwise") is not None) == bool(
         shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     )
@@ -134,24 +136,54 @@ def test_without_a_compiler_the_librarys_gradient_is_used() -> None:
         "os.environ |= {'PATH': sys.argv[1], 'HORNET_LIT_NATIVE': '0'}; native.library.cache_clear()\n"
         "told()"
     )
-    import os
-
     environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "HORNET_LIT_NATIVE")} | {"PATH": "/nowhere"}
     command = [sys.executable, "-c", code, os.environ["PATH"]]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert result.stdout.splitlines() == 2 * ["None True True"]
 
 
-def test_a_failing_compiler_is_a_warning_and_not_an_error(tmp_path, monkeypatch) -> None:
-    fake = tmp_path / "c++"
-    fake.write_text("#!/bin/sh\necho 'no such flag' >&2\n[ \"$1\" = --version ]\n")
-    fake.chmod(0o755)
+@pytest.mark.parametrize(
+    "variable,value,reason",
+    [
+        ("CXX", "", "no such flag"),
+        ("CXX", "launcher c++", "no such flag"),
+        ("CXX", "/nowhere/c++ -O1", r"CXX names '/nowhere/c\+\+', which is not there"),
+        ("CXX", "'c++", "No closing quotation"),
+        ("CXXFLAGS", '-DX="a', "No closing quotation"),
+        ("CXX", "latin", "decode byte"),
+        ("XDG_CACHE_HOME", "/dev/null", "Not a directory"),
+        ("HOME", None, "home directory"),
+    ],
+)
+def test_a_failing_compiler_is_a_warning_and_not_an_error(tmp_path, monkeypatch, variable, value, reason) -> None:
+    compiler = "echo 'no such flag' >&2\n[ \"$1\" = --version ]\n"
+    for name, script in (("c++", compiler), ("launcher", 'exec "$@"\n'), ("latin", "printf '\\351'\n")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}")
+        (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
+    for name in ("CXX", "CXXFLAGS", "HORNET_LIT_NATIVE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if value is not None:
+        monkeypatch.setenv(variable, value)
+    else:  # as a process has it whose user is not in the system's list
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    for cached in (native.library, native._builds, native._warn):
+        cached.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=f"could not be built.*{reason}"):
+            assert native.library("depthwise") is None
+    finally:
+        for cached in (native.library, native._builds, native._warn):
+            cached.cache_clear()
+
+
+@pytest.mark.parametrize("value", ["0", "off", "False", "no"])
+def test_it_can_be_switched_off(monkeypatch, value) -> None:
+    monkeypatch.setenv("HORNET_LIT_NATIVE", value)
     native.library.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=r"could not be built.*no such flag"):
-            assert native.library("depthwise") is None
+        assert native.library("depthwise") is None
     finally:
         native.library.cache_clear()

@@ -237,10 +237,13 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("order,side", [(1, 3), (4, 9)])
-def test_with_avx2_alone(order: int, side: int, monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
-    """Vectors of half the length, other tiles: the same values and gradients."""
-    monkeypatch.setenv("CXXFLAGS", "-mno-avx512f")
+@pytest.mark.parametrize(
+    "order,side,flags",
+    [(1, 3, "-mno-avx512f"), (4, 9, "-mno-avx512f"), (4, 9, "-mno-avx512f -Ofast -ffast-math -fvisibility=hidden -O1")],
+)
+def test_with_other_flags(order: int, side: int, flags: str, monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
+    """Vectors of half the length, other tiles, fast math asked for: the same values and gradients."""
+    monkeypatch.setenv("CXXFLAGS", flags)
     for cached in (native.library, native._builds):
         cached.cache_clear()
     try:
