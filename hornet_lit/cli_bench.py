@@ -32,6 +32,9 @@ def run(words: list[str]) -> None:
     output = Path(options.output)
     if output.is_file():
         raise UserError(f"--output {output} is a file\nname a folder for bench.json and bench.png")
+    known = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not os.access(known, os.W_OK):  # said before minutes of measuring
+        raise UserError(f"--output {output}: {known} cannot be written to\nname another folder")
     with telling(constructing=True):
         _bench(options, output)
 

@@ -98,6 +98,8 @@ def _options(words: list[str]) -> argparse.Namespace:
         raise UserError(f"--output {options.output}: its name must end in .json or .csv")
     if not options.output.absolute().parent.is_dir() or options.output.is_dir():
         raise UserError(f"--output {options.output}: name a file in a folder that exists")
+    if not os.access(options.output.absolute().parent, os.W_OK):
+        raise UserError(f"--output {options.output}: its folder cannot be written to\nname a file in another one")
     if options.workers < 0:
         raise UserError(f"--workers {options.workers}: give a number of processes, or 0 to read in this one")
     return options

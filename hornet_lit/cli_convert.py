@@ -71,6 +71,8 @@ def _convert(path: Path, output: Path, weights: str) -> None:
     from hornet_lit.network.files import digest_file
     from hornet_lit.network.weights import select
 
+    if weights == "ema" and not checkpoint.get("ema"):
+        raise UserError(f"{path} has no EMA weights\nleave --weights out, or give --weights raw")
     _, name, state = select(checkpoint, {"auto": None, "ema": True, "raw": False}[weights], path)
     state = {key: value.contiguous() for key, value in state.items()}
     contents = save(state, metadata=_notes(checkpoint, name))  # save_file would make it readable by its owner alone

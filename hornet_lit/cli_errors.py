@@ -104,7 +104,8 @@ def told(error: BaseException, *, constructing: bool) -> UserError | None:
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return StoppedError(
             f"{error.filename or 'a file'}: {error.strerror}\n"
-            "checkpoints saved before are whole: once this is mended, --ckpt_path last goes on from the newest"
+            "what was written before is whole; once this is mended, run it again: a training goes on from its newest "
+            "checkpoint with --ckpt_path last"
         )
     if type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/transport" in str(error):
         return StoppedError(

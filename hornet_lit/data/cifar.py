@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Literal
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -188,6 +189,11 @@ class CIFARDataModule(ImageDataModule):
         unpack = not (root / archive.base_folder).is_dir() and (root / archive.filename).is_file()
         try:
             data = archive(self.root, train=train, download=download or unpack)
+        except (URLError, ConnectionError, TimeoutError) as error:
+            raise ValueError(
+                f"{archive.url} cannot be fetched ({str(error).splitlines()[0]}): fetch it elsewhere, put "
+                f"{archive.filename} into {root}, and leave data.download out"
+            ) from error
         except RuntimeError as error:
             raise ValueError(
                 f"{root / archive.base_folder} is incomplete or damaged ({str(error).splitlines()[0]}): delete it and "

@@ -52,6 +52,10 @@ def build_network(
         unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if isinstance(error, TypeError) and unexpected is not None:
             option = unexpected.group(1)
+            if option == "img_size" and img_size is not None:
+                raise ValueError(
+                    f"model.img_size: {name} takes no option 'img_size': set model.img_size null"
+                ) from error
             near = difflib.get_close_matches(option, inspect.signature(HorNet).parameters, n=1)
             mend = f"did you mean {near[0]!r}?" if near else "remove it from the model's settings"
             raise ValueError(f"model.network_options.{option}: {name} takes no option {option!r}: {mend}") from error

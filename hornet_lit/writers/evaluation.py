@@ -57,7 +57,15 @@ class EvaluationReport(Callback):
             raise ValueError(f"report output {self.output!r} is a file: name a folder")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._rows = []
+        self._rows, problem = [], None
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # before the test, whose numbers would be lost
+            try:
+                Path(self.output).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                problem = f"the report cannot be written: {error}"
+            else:
+                problem = None if os.access(self.output, os.W_OK) else f"{self.output!r} cannot be written to"
+        self._raise_everywhere(trainer, problem)
 
     def on_test_batch_end(
         self,
@@ -90,13 +98,16 @@ class EvaluationReport(Callback):
                 self._write(trainer, outcomes, weights="raw" if getattr(pl_module, "ema", None) is None else "EMA")
             except OSError as error:
                 problem = f"the report cannot be written: {error}"
+        self._raise_everywhere(trainer, problem)
+
+    @staticmethod
+    def _raise_everywhere(trainer: Trainer, problem: str | None) -> None:
         problem = trainer.strategy.broadcast(problem)
         if problem is not None:
-            raise ValueError(problem)
+            raise ValueError(f"{problem}\nname another folder: --report.output FOLDER")
 
     def _write(self, trainer: Trainer, outcomes: Outcomes, *, weights: str) -> None:
         folder = Path(self.output)
-        folder.mkdir(parents=True, exist_ok=True)
         table = outcomes.table()
         names = class_names_of(trainer) or [str(number) for number in range(self._classes)]
         words = in_words(names)

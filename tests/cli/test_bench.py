@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -70,3 +71,12 @@ def test_wrong_options(words: str, first: str, run: Run, monkeypatch: pytest.Mon
     result = run("bench", *shlex.split(words))
     assert result.code == 2 and first in result.error[0] and len(result.error) <= MAX_LINES
     assert not Path("bench").exists()
+
+
+def test_a_folder_that_cannot_be_written_to(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    access = os.access  # who runs the tests may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != Path.cwd() and access(path, mode))
+    for words in (["bench", "hornet_pico_32", "--output", "a/b"], ["check-data", ".", "--output", "report.csv"]):
+        result = run(*words)
+        assert result.code == 2 and "cannot be written to" in result.error[0]
+    assert list(Path().iterdir()) == []

@@ -44,6 +44,11 @@ OPTIONS = [
     ("fit --config digits --model.predict_weights foo", "expected one of auto, ema, raw, got 'foo'", ""),
     ("fit --config digits --model.network hornet_tny_7x7", "no network named 'hornet_tny_7x7'", "hornet_tiny_7x7"),
     ("fit --config digits --model.network_options.dephts 3", "takes no option 'dephts'", ""),
+    (
+        "fit --config digits --model.network convnext_atto",
+        "convnext_atto takes no option 'img_size'",
+        "set model.img_size null",
+    ),
     ("fit --config digits --model.num_classes 7", "the data has 10 classes but model.num_classes is 7", ""),
     ("fit --config digits --model.weights nope.pth", "nope.pth", ""),
     ("fit --config finetune_folder", "no weight file at hornet_tiny_7x7.pth", "give yours as --model.weights FILE"),

@@ -7,6 +7,7 @@ import io
 import pickle
 import tarfile
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -228,12 +229,20 @@ def test_everything_on_is_reproducible(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and len(first) == 4
 
 
+def unreachable(*_) -> None:
+    raise URLError("Name or service not known")
+
+
 def test_cifar_mistakes_name_path_and_mend(tmp_path: Path) -> None:
     def fit(root: Path, **options) -> None:
         CIFARDataModule(root=str(root), **options).setup("fit")
 
     with pytest.raises(ValueError, match=r"no CIFAR-10 in .*nowhere.*data\.download true"):
         fit(tmp_path / "nowhere")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchvision.datasets.CIFAR10.download", unreachable)
+        with pytest.raises(ValueError, match=r"cifar-10-python\.tar\.gz cannot be fetched .*leave data\.download"):
+            CIFARDataModule(root=str(tmp_path / "nowhere"), download=True).prepare_data()
     write_folders(tmp_path / "a", per_class=1)
     with pytest.raises(ValueError, match=r"'airplane' is not a class of CIFAR-100.*ImageNetDataModule"):
         fit(tmp_path / "a", num_classes=100)

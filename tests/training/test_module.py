@@ -121,6 +121,10 @@ def test_any_network_of_timm_trains(tmp_path) -> None:
     trainer(tmp_path, max_epochs=1).fit(module, datamodule=TinyData())
     with pytest.raises(ValueError, match=r"no network named 'hornet_tiny_7x8': did you mean hornet_tiny_7x7"):
         ImageClassifier(network="hornet_tiny_7x8", num_classes=3).configure_model()
+    with pytest.raises(
+        ValueError, match=r"model\.img_size: resnet18 takes no option 'img_size': set model\.img_size null"
+    ):
+        build_network("resnet18", num_classes=2, img_size=32)
     with pytest.raises(ValueError, match=r"takes no option 'dephts': did you mean 'depths'\?"):
         ImageClassifier(network="hornet_pico_32", network_options={"dephts": 3}, num_classes=3).configure_model()
 
@@ -224,13 +228,14 @@ ALLOWED = {
     "optim": {"optim"},
     "bench": {"bench", "network"},
     "durable": {"durable"},
-    "guard": {"guard"},
+    "last": {"last"},
+    "guard": {"guard", "last"},
     "sharded": {"sharded", "durable"},
     "strategy": {"strategy", "sharded", "durable"},
     "recipes": {"recipes"},
     "evaluation": {"evaluation", "optim"},
     "averaging": {"averaging", "optim"},
-    "module": {"module", "network", "optim", "evaluation", "averaging", "guard"},
+    "module": {"module", "network", "optim", "evaluation", "averaging", "guard", "last"},
 }
 
 

@@ -118,6 +118,15 @@ def test_output_that_is_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+def test_output_that_cannot_be_written_to_is_told_before_the_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation.EvaluationReport, "on_test_batch_end", lambda *_, **__: pytest.fail("tested"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # who runs the tests may write anywhere
+    with pytest.raises(ValueError, match=r"cannot be written to\n.*--report\.output"):
+        run_test(tmp_path, count=3)
+
+
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_a_confusion_shows_in_the_matrix(tmp_path: Path, classes: int) -> None:
     """Twenty images a class, all right but one of class 0, which is taken for the last: the top right corner."""
