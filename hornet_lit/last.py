@@ -29,8 +29,7 @@ class LastCheckpoint(Checkpoint):
             if after_training == validated or not every or (trainer.current_epoch + 1) % every:
                 continue
             if not saver._should_skip_saving_checkpoint(trainer):  # as it says if it has saved this step
-                # Else, in a resumed run that never gets better, it would save once more as the training ends.
-                saver._last_checkpoint_saved = str(_save(trainer, saver))
+                saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
 
 
 def save_last(trainer: pl.Trainer) -> Path | None:
@@ -38,10 +37,6 @@ def save_last(trainer: pl.Trainer) -> Path | None:
     saver = trainer.checkpoint_callback
     if not isinstance(saver, ModelCheckpoint) or not saver.dirpath or trainer.fast_dev_run:
         return None
-    return _save(trainer, saver)
-
-
-def _save(trainer: pl.Trainer, saver: ModelCheckpoint) -> Path:
     path = Path(saver.last_model_path or Path(saver.dirpath, "last.ckpt"))
     saver.last_model_path = str(path)  # known to the checkpoint, so that a resumed run replaces it
     trainer.save_checkpoint(path, weights_only=False)

@@ -22,7 +22,7 @@ NETWORK = {
 STEPS = 2  # an epoch
 
 
-def fit(folder: Path, *, resume: Path | None = None, epochs: int = 3, saver: dict[str, Any], **options: Any) -> None:
+def fit(folder: Path, *, resume: Path | None = None, epochs: int = 3, saver: dict[str, Any], **options: Any) -> str:
     savers = [ModelCheckpoint(folder, mode="min", **saver), ModelCheckpoint(folder / "raw", monitor="val/acc1")]
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -37,7 +37,7 @@ def fit(folder: Path, *, resume: Path | None = None, epochs: int = 3, saver: dic
     )
     data = DigitsDataModule(batch_size=16, img_size=16)
     trainer.fit(ImageClassifier(**NETWORK), datamodule=data, ckpt_path=resume, weights_only=True)
-    assert savers[0].last_model_path == (str(folder / "last.ckpt") if saver["save_last"] else "")
+    return savers[0].last_model_path
 
 
 def saved(path: Path) -> tuple[int, int]:
@@ -59,7 +59,7 @@ def saved(path: Path) -> tuple[int, int]:
 def test_the_last_is_the_last_and_the_best_is_the_best(tmp_path: Path, options: dict[str, Any]) -> None:
     saver = {"monitor": "epoch", "filename": "best", "save_last": True} | options.get("saver", {})
     first = saver.get("every_n_epochs", 1)
-    fit(tmp_path, **options | {"saver": saver})
+    assert fit(tmp_path, **options | {"saver": saver}) == str(tmp_path / "last.ckpt")
     assert saved(tmp_path / "last.ckpt") == (2, 3 * STEPS)
     assert saved(tmp_path / "best.ckpt")[0] == first - 1
     assert {path.name for path in tmp_path.iterdir()} <= {"best.ckpt", "last.ckpt", "raw"}
@@ -73,5 +73,13 @@ def test_a_resumed_run_goes_on_with_it(tmp_path: Path) -> None:
 
 
 def test_none_is_saved_for_who_wants_none(tmp_path: Path) -> None:
-    fit(tmp_path, saver={"monitor": "epoch", "filename": "best", "save_last": False})
+    assert not fit(tmp_path, saver={"monitor": "epoch", "filename": "best", "save_last": False})
     assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_a_last_checkpoint_of_another_run_stays(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_text("another's")
+    last = fit(tmp_path, saver={"monitor": "epoch", "save_top_k": 0, "save_last": True})
+    assert last == str(tmp_path / "last-v1.ckpt")
+    assert saved(tmp_path / "last-v1.ckpt") == (2, 3 * STEPS)
+    assert (tmp_path / "last.ckpt").read_text() == "another's"
