@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hornet_lit.network.build import build_network
+from hornet_lit.network.layers import MULTIPLIES_BFLOAT16
 
 T = TypeVar("T")
 STEPS = ("infer", "train")
@@ -118,7 +119,9 @@ def measure(
 
 def take_turns(runs: Sequence[Run], *, repeats: int, turn_done: Callable[[], None] = lambda: None) -> list[Result]:
     """Measures warm runs of one device in turns, beside the matrix product in the precision of the first."""
-    product = _best_product(runs[0].device, torch.float32 if runs[0].setting.precision == "32" else torch.bfloat16)
+    device, precision = runs[0].device, runs[0].setting.precision
+    pairs = precision != "32" and (device.type != "cpu" or MULTIPLIES_BFLOAT16)  # else float32's is the machine's best
+    product = _best_product(device, torch.bfloat16 if pairs else torch.float32)
     rates = []
     for _ in range(repeats):
         for run in runs:

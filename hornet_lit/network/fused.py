@@ -1,8 +1,8 @@
 """Where the fused CPU operations of `pixelwise` and `gated` may run, and what their kernels are given.
 
-They run in C++ (native/pixelwise.h) where that could be built and the processor has AVX2 or AVX-512: in float32 and,
-with AVX-512's bfloat16, in that and under its autocast. Elsewhere `usable` says no, and the caller computes the same
-with PyTorch's own operations.
+They run in C++ (native/pixelwise.h) where that could be built and the processor has AVX2 or AVX-512: in float32, in
+bfloat16 and under its autocast, whether or not the processor multiplies bfloat16. Elsewhere `usable` says no, and the
+caller computes the same with PyTorch's own operations.
 
 Shapes: B batch, C channels, H height, W width, K channels in, N channels out.
 """
@@ -53,8 +53,7 @@ def usable(
     if scale_C is not None and scale_C.numel() != x_BCHW.shape[1]:
         return False
     autocast, dtype = torch.is_autocast_enabled("cpu"), x_BCHW.dtype
-    pairs = autocast or dtype == torch.bfloat16
-    if dtype not in (torch.float32, torch.bfloat16) or not _built(pairs):
+    if dtype not in (torch.float32, torch.bfloat16) or not _built():
         return False
     if autocast and (dtype != torch.float32 or torch.get_autocast_dtype("cpu") != torch.bfloat16):
         return False
@@ -102,9 +101,8 @@ def _pointwise(conv: nn.Conv2d) -> bool:
     return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
 
 
-def _built(pairs: bool) -> bool:
-    floats = native.offers("pixelwise", "mlp_forward_f32")
-    return floats and (not pairs or native.offers("pixelwise_bf16", "mlp_forward_bf16"))
+def _built() -> bool:
+    return native.offers("pixelwise", "mlp_forward_f32") and native.offers("pixelwise_bf16", "mlp_forward_bf16")
 
 
 def typed_call(name: str, like: Sequence[torch.Tensor], arguments: ctypes.Structure, *tensors: Any) -> Call:

@@ -16,7 +16,7 @@ from torch import nn
 
 from hornet_lit.network.filters import Size
 from hornet_lit.network.fused import may_take_turns, usable
-from hornet_lit.network.layers import GELU, ChannelLinear, Recomputing, changed
+from hornet_lit.network.layers import GELU, ChannelLinear, Recomputing, StridedConv, changed
 from hornet_lit.network.native.steps import Steps
 from hornet_lit.network.pixelwise import norm_mlp
 
@@ -193,11 +193,11 @@ class HorNet(nn.Module):
         dims = [base_dim * 2**i for i in range(len(depths))]
         self.num_features = self.head_hidden_size = dims[-1]
         kernel = 4 if stem_stride == 4 else 3
-        stem = nn.Conv2d(in_chans, dims[0], kernel, stride=stem_stride, padding=0 if stem_stride == 4 else 1)
+        stem = StridedConv(in_chans, dims[0], kernel, stride=stem_stride, padding=0 if stem_stride == 4 else 1)
         self.downsample_layers = nn.ModuleList([nn.Sequential(stem, LayerNorm2d(dims[0], eps=1e-6))])
         for c in dims[:-1]:
             self.downsample_layers.append(
-                nn.Sequential(LayerNorm2d(c, eps=1e-6), nn.Conv2d(c, 2 * c, kernel_size=2, stride=2))
+                nn.Sequential(LayerNorm2d(c, eps=1e-6), StridedConv(c, 2 * c, kernel_size=2, stride=2))
             )
         rates = iter(drop_path_rate * b / max(sum(depths) - 1, 1) for b in range(sum(depths)))
         self.stages, self.feature_info = nn.ModuleList(), []

@@ -13,6 +13,9 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
+# Whether the library has products of bfloat16 for this CPU.
+MULTIPLIES_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 
 def exporting() -> bool:
     """Whether torch.export is tracing. `torch.compiler.is_exporting` says so under torch.compile too in torch 2.11,
@@ -59,6 +62,23 @@ class ChannelLinear(nn.Linear):
         if plain and x_BCHW.device.type == "cpu" and not exporting():
             return F.conv2d(x_BCHW, self.weight[:, :, None, None], self.bias)
         return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class StridedConv(nn.Conv2d):
+    """`nn.Conv2d` for the stem and between stages.
+
+    In bfloat16 on a CPU that does not multiply it, the library takes seven times as long as in float32 (BENCHMARKS.md,
+    Speed): there it is computed in float32, and its output alone is rounded.
+    """
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        autocast = torch.is_autocast_enabled("cpu") and x_BCHW.dtype != torch.float64
+        dtype = torch.get_autocast_dtype("cpu") if autocast else x_BCHW.dtype
+        if dtype != torch.bfloat16 or x_BCHW.device.type != "cpu" or exporting() or MULTIPLIES_BFLOAT16:
+            return super().forward(x_BCHW)
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast("cpu", enabled=False):
+            return self._conv_forward(x_BCHW.float(), self.weight.float(), bias).to(dtype)
 
 
 class GELU(nn.GELU):

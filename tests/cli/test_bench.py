@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hornet_lit import bench
 from hornet_lit.bench import PRODUCT_SIZES, Setting, measure
 from hornet_lit.cli_errors import MAX_LINES
 
@@ -51,6 +52,29 @@ def test_operations_are_those_of_the_paper() -> None:
     plain, gf = measure(settings, device=torch.device("cpu"), repeats=1)
     assert plain.gflops / 2 == pytest.approx(4.0, abs=0.05)
     assert gf.gflops / 2 == pytest.approx(3.9, abs=0.05)
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_the_product_is_in_the_type_that_the_processor_multiplies(
+    multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    types: list[torch.dtype] = []
+    monkeypatch.setattr(bench, "MULTIPLIES_BFLOAT16", multiplies)
+    monkeypatch.setattr(bench, "_best_product", lambda device, dtype: lambda: types.append(dtype) or 1.0)
+    for precision in ("32", "bf16-mixed"):
+        setting = Setting(
+            network="hornet_femto_32",
+            step="infer",
+            size=32,
+            batch=1,
+            precision=precision,
+            channels_last=True,
+            compile="none",
+        )
+        measure([setting], device=torch.device("cpu"), repeats=1)
+    assert types == [torch.float32, torch.bfloat16 if multiplies else torch.float32]
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,9 @@ import torch
 from torch import nn
 
 from hornet_lit.network import fused
-from tests.network.conftest import FORWARD, GLOBAL, assert_near, maps, small_block, with_gradients
+from tests.network.conftest import FORWARD, GLOBAL, assert_near, maps, needs_kernels, small_block, with_gradients
 
-pytestmark = [
-    pytest.mark.skipif(not fused._built(True), reason="no compiler, or no products of bfloat16 pairs"),
-    pytest.mark.usefixtures("threads_as_found"),
-]
+pytestmark = [needs_kernels, pytest.mark.usefixtures("threads_as_found")]
 MIXED = [name.replace("f32", "mixed") for name in FORWARD]
 BACK = [name.replace("forward", "backward") for name in reversed(MIXED)]
 # Channels, order, hidden over outer width: even; odd to the first gate; an odd map; odd hidden channels.
@@ -26,7 +23,7 @@ def in_both_ways(computed: Callable[[], list[torch.Tensor]], patch: pytest.Monke
     """``computed()`` by the kernels, and by the library."""
     ours = computed()
     with patch.context() as context:
-        context.setattr(fused, "_built", lambda pairs: False)
+        context.setattr(fused, "_built", lambda: False)
         return [ours, computed()]
 
 

@@ -81,8 +81,6 @@ def context(kind: str) -> torch.autocast | nullcontext:
 def test_bit_for_bit_as_the_blocks_one_by_one(
     dim: int, options: dict, size: tuple[int, int], threads: int, batch: int, kind: str, made: list[int]
 ) -> None:
-    if kind != "float32" and not fused._built(True):
-        pytest.skip("no products of bfloat16 pairs")
     torch.set_num_threads(threads)
     stage = stage_of(*(shaken(small_block(dim, **options)) for _ in range(3)))
     stage, x_BCHW = of_kind(kind, stage, maps(batch, dim, *size))

@@ -40,15 +40,15 @@ struct Linear {
 
 // Each forward kernel's work on one tile of M pixels, of which `written` at a time decide how they are stored.
 template <class X, class Dot>
-auto linear_run(const Linear<X, typename Dot::Element>& a, int64_t M, int64_t written) {
-    return [=](auto size, const Tile& t, Vec* scratch) {
+auto linear_run(const Linear<X, typename Dot::Element>& a, const Factors<Dot>& w, int64_t M, int64_t written) {
+    return [=, &w](auto size, const Tile& t, Vec* scratch) {
         constexpr int V = decltype(size)::value;
         Vec *x = scratch, *out = x + a.K * V, inverse[V];
         enter<V>(a.x, t, a.K, M, x);
         standardise<V>(x, a.K, a.norm.eps, inverse);
         affine<V>(x, a.K, a.norm, x);
         pack<Dot>(x, a.K, V);
-        product<V, Dot>(a.w, a.N, x, a.K, [&](int64_t n, int v, Vec sum) { out[n * V + v] = sum + a.b[n]; });
+        product<V, Dot>(w[0], a.N, x, a.K, [&](int64_t n, int v, Vec sum) { out[n * V + v] = sum + a.b[n]; });
         leave<V>(out, t, a.P, a.p, written);
         Vec* rest = out + a.P * V;
         if (a.kept)
@@ -118,9 +118,9 @@ struct Mlp {
 };
 
 template <class X, class Dot>
-auto mlp_run(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t written) {
+auto mlp_run(const Mlp<X, typename Dot::Element>& a, const Factors<Dot>& w, int64_t M, int64_t written) {
     const bool past = a.h && past_caches(a.h, written, a.N);
-    return [=](auto size, const Tile& t, Vec* scratch) {
+    return [=, &w](auto size, const Tile& t, Vec* scratch) {
         constexpr int V = decltype(size)::value;
         Vec *x = scratch, *y = x + a.C * V, *hidden = y + a.C * V, inverse[V];
         auto* kept = a.h ? a.h + t.first * a.N : nullptr;
@@ -129,7 +129,7 @@ auto mlp_run(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t written)
         standardise<V>(x, a.C, a.norm.eps, inverse);
         affine<V>(x, a.C, a.norm, x);
         pack<Dot>(x, a.C, V);
-        product<V, Dot>(a.w1, a.N, x, a.C, [&](int64_t n, int v, Vec sum) {
+        product<V, Dot>(w[0], a.N, x, a.C, [&](int64_t n, int v, Vec sum) {
             const Vec h = sum + a.b1[n];
             if (past) {
                 store_past(h, kept + (n * V + v) * kLanes);
@@ -139,7 +139,7 @@ auto mlp_run(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t written)
             hidden[n * V + v] = h * gelu<Dot>().normal_cdf(h);
         });
         pack<Dot>(hidden, a.N, V);
-        product<V, Dot>(a.w2, a.C, hidden, a.N, [&](int64_t c, int v, Vec sum) {
+        product<V, Dot>(w[1], a.C, hidden, a.N, [&](int64_t c, int v, Vec sum) {
             const Vec branch = (sum + a.b2[c]) * a.scale[c];
             y[c * V + v] = a.residual ? y[c * V + v] + branch : branch;
         });
@@ -221,8 +221,8 @@ void enter_gates(const Gates<X, Element>& a, const Tile& t, int64_t M, Vec* x, V
 }
 
 template <class X, class Dot>
-auto gates_run(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t written) {
-    return [=](auto size, const Tile& t, Vec* scratch) {
+auto gates_run(const Gates<X, typename Dot::Element>& a, const Factors<Dot>& w, int64_t M, int64_t written) {
+    return [=, &w](auto size, const Tile& t, Vec* scratch) {
         constexpr int V = decltype(size)::value;
         Vec *p = scratch, *z = p + a.first * V, *y = z + a.filtered() * V, inverse[V];
         enter<V>(a.p, t, a.first, M, p);
@@ -234,13 +234,13 @@ auto gates_run(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t writ
             Vec* next = z + width * V;
             const float* b = a.b[k];
             const auto gate = [&](int64_t n, int v, Vec sum) { next[n * V + v] *= sum + b[n]; };
-            product<V, Dot>(a.w[k], 2 * width, z, width, gate);
+            product<V, Dot>(w[k], 2 * width, z, width, gate);
             pack<Dot>(next, 2 * width, V);
             z = next;
         }
         const float* b = a.b[k];
         if (a.x) enter<V>(a.x, t, a.C, M, y);
-        product<V, Dot>(a.w[k], a.C, z, a.C, [&](int64_t c, int v, Vec sum) {
+        product<V, Dot>(w[k], a.C, z, a.C, [&](int64_t c, int v, Vec sum) {
             const Vec branch = (sum + b[c]) * a.scale[c];
             y[c * V + v] = a.x ? y[c * V + v] + branch : branch;
         });
@@ -253,11 +253,13 @@ template <class X, class Dot>
 void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t T, int64_t workers) {
     const int64_t Q = a.filtered(), last = a.order - 1;
     Sums<Dot> sums;
-    typename Dot::Element* turned[kMaxOrder];
+    Factors<Dot> w;
+    typename Dot::Factor* turned[kMaxOrder];
     for (int64_t k = 0, width = a.first; k < a.order; ++k, width *= 2) {
         const int64_t out = k < last ? 2 * width : a.C, in = k < last ? width : a.C;
         sums.add(out, k < last ? whole<Dot>(in) : in, a.dw[k]);
         turned[k] = turned_weight<Dot>(a.w[k], out, in, T);
+        if (k < last) w.add(a.w[k], out, in);
     }
     const int64_t biases = 3 * a.C - 2 * a.first, normed = a.normed();
     sums.elements = biases + 2 * normed, sums.vectors_to = a.dvectors;
@@ -278,7 +280,7 @@ void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t
             Vec* from = z + (width - a.first) * V;
             turn<Dot, V>(from, width, kept.rows[k]);
             pack<Dot>(from, width, V);
-            product<V, Dot>(a.w[k], 2 * width, from, width, [&](int64_t n, int v, Vec sum) {
+            product<V, Dot>(w[k], 2 * width, from, width, [&](int64_t n, int v, Vec sum) {
                 const int64_t i = (next + n) * V + v;
                 u[i] = sum + b[n], z[i] = u[i] * g[i];
             });
@@ -333,18 +335,34 @@ int64_t scratch(const Mlp<X, Element>& a) { return 2 * a.C + a.N; }
 template <class X, class Element>
 int64_t scratch(const Gates<X, Element>& a) { return a.first + a.filtered() + a.C; }
 
+// Adds what the products of a forward kernel take.
+template <class Dot, class X, class Element>
+void add_factors(const Linear<X, Element>& a, Factors<Dot>& w) { w.add(a.w, a.N, a.K); }
+template <class Dot, class X, class Element>
+void add_factors(const Mlp<X, Element>& a, Factors<Dot>& w) { w.add(a.w1, a.N, a.C), w.add(a.w2, a.C, a.N); }
+template <class Dot, class X, class Element>
+void add_factors(const Gates<X, Element>& a, Factors<Dot>& w) {
+    const int64_t last = a.order - 1;
+    for (int64_t k = 0; k < last; ++k) w.add(a.w[k], a.first << (k + 1), a.first << k);
+    w.add(a.w[last], a.C, a.C);
+}
+
 }  // namespace
 
 // All M pixels by T threads, and those of [first, last) by the one that calls.
 #define FORWARD_KERNEL(name, Kind, type, X, Dot)                                                         \
     void name##_forward_##type(const void* p, int64_t M, int64_t T) {                                    \
         const auto& a = *static_cast<const Kind<X, Dot::Element>*>(p);                                   \
-        for_tiles(M, T, scratch(a), name##_run<X, Dot>(a, M, M));                                        \
+        Factors<Dot> w;                                                                                  \
+        add_factors(a, w);                                                                               \
+        for_tiles(M, T, scratch(a), name##_run<X, Dot>(a, w, M, M));                                     \
     }                                                                                                    \
     void name##_forward_##type##_part(const void* p, int64_t first, int64_t last) {                      \
         const auto& a = *static_cast<const Kind<X, Dot::Element>*>(p);                                   \
+        Factors<Dot> w;                                                                                  \
+        add_factors(a, w);                                                                               \
         Vec* room = allocated(scratch(a) * kMaxV);                                                       \
-        over_tiles(first, last, room, name##_run<X, Dot>(a, last, last - first));                        \
+        over_tiles(first, last, room, name##_run<X, Dot>(a, w, last, last - first));                     \
         std::free(room);                                                                                 \
     }
 

@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int64_t kGroup = 5, kMaxOrder = 16;
+constexpr int64_t kGroup = 5;
 
 // Vectors from row to row of turned tiles: an odd number, or all rows would share a few sets of the first-level cache.
 inline int64_t pitch(int64_t C) { return vectors(C) | 1; }
@@ -58,7 +58,7 @@ constexpr int64_t kWidth = kGroup * kMaxV;  // vectors from channel to channel o
 
 template <class Dot>
 struct Kept {  // of a group, or from one of its tiles on
-    typename Dot::Element* d[kMaxOrder];  // channels kWidth vectors apart
+    typename Dot::Factor* d[kMaxOrder];  // channels kWidth vectors apart
     Vec* rows[kMaxOrder];
     int64_t pixels;
 };
@@ -70,14 +70,14 @@ struct Place {
 
 // Where to compute a tile that becomes a d: floats at once where they are kept.
 template <class Dot, int V>
-Place in_place(typename Dot::Element* d, Vec* scratch) {
+Place in_place(typename Dot::Factor* d, Vec* scratch) {
     if (Dot::kDepth > 1) return {scratch, V};
     return {reinterpret_cast<Vec*>(d), kWidth};
 }
 
 // A tile as the d of sums.
 template <class Dot, int V>
-void keep(const Vec* tile, int64_t N, typename Dot::Element* d) {
+void keep(const Vec* tile, int64_t N, typename Dot::Factor* d) {
     for (int64_t n = 0; n < N; ++n)
         for (int64_t v = 0; v < V; ++v) store(tile[n * V + v], d + (n * kWidth + v) * kLanes, kLanes);
 }
@@ -127,10 +127,10 @@ void add_lanes(const Vec* d, int64_t N, Vec* lanes, int64_t pitch = V) {
         for (int64_t v = 0; v < V; ++v) lanes[n] += d[n * pitch + v];
 }
 
-// w (N, K) to (K, N), the rows of both whole.
-template <class Dot, class T = typename Dot::Element>
-T* turned_weight(const T* w, int64_t N, int64_t K, int64_t threads) {
-    T* to = reinterpret_cast<T*>(allocated(vectors(K * whole<Dot>(N))));
+// w (N, K) to (K, N), as products take it, the rows of both whole.
+template <class Dot, class Factor = typename Dot::Factor>
+Factor* turned_weight(const typename Dot::Element* w, int64_t N, int64_t K, int64_t threads) {
+    Factor* to = reinterpret_cast<Factor*>(allocated(vectors(K * whole<Dot>(N))));
     turn_matrix(w, whole<Dot>(K), N, K, to, whole<Dot>(N), threads);
     return to;
 }
@@ -209,7 +209,7 @@ void for_tiles_back(int64_t M, int64_t T, int64_t workers, int64_t scratch, cons
         Vec *room = allocated(scratch * kMaxV + each), *next = room + scratch * kMaxV;
         Kept<Dot> kept;
         for (int i = 0; i < sums.count; ++i) {
-            kept.d[i] = reinterpret_cast<typename Dot::Element*>(next), next += sums.N[i] * kWidth;
+            kept.d[i] = reinterpret_cast<typename Dot::Factor*>(next), next += sums.N[i] * kWidth;
             kept.rows[i] = next, next += pitch(sums.K[i]) * kLanes * kWidth;
         }
         bool first = true;

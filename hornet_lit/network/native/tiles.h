@@ -16,6 +16,8 @@
 
 namespace {
 
+constexpr int64_t kMaxOrder = 16;  // of gnConv
+
 struct Tile {
     int64_t first, rows;  // of the pixels
 };
@@ -98,20 +100,27 @@ void leave(const Vec* tile, const Tile& t, int64_t C, uint16_t* x, int64_t M, in
         }
 }
 
-// What a product multiplies: float, or pairs of bfloat16 that lie in one lane, with sums in float. `joined` are the
-// vectors of kDepth × kLanes elements in their order.
+// What a product multiplies. Weights lie in memory as rows of `Element`, whole numbers of kRow of them, and so do the maps
+// between kernels; a product takes `Factor`s, kDepth to a lane: floats, or pairs of bfloat16, with sums in float. `joined`
+// are the vectors of kDepth × kLanes elements in their order.
 struct Single {
-    typedef float Element;
-    static constexpr int64_t kDepth = 1;
+    typedef float Element, Factor;
+    static constexpr int64_t kRow = 1, kDepth = 1;
     static Vec weight(const float* w) { return all(*w); }
     static void add(Vec& sum, Vec w, Vec x) { sum = multiplied_added(w, x, sum); }
     static Vec joined(Vec first, Vec) { return first; }
 };
 
+// bfloat16 in memory, where the processor multiplies floats alone: no sum is rounded more than with pairs, tiles less.
+struct Widened : Single {
+    typedef uint16_t Element;
+    static constexpr int64_t kRow = 2;
+};
+
 #ifdef __AVX512BF16__
 struct Pairs {
-    typedef uint16_t Element;
-    static constexpr int64_t kDepth = 2;
+    typedef uint16_t Element, Factor;
+    static constexpr int64_t kRow = 2, kDepth = 2;
     static Vec weight(const uint16_t* w) {
         uint32_t pair;
         std::memcpy(&pair, w, sizeof pair);
@@ -120,11 +129,46 @@ struct Pairs {
     static void add(Vec& sum, Vec w, Vec x) { sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x); }
     static Vec joined(Vec first, Vec second) { return (Vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 };
+typedef Pairs Bfloat16;
+#else
+typedef Widened Bfloat16;
 #endif
 
 // Elements of a weight's row: a product's K channels, and a 0 for whole pairs.
 template <class Dot>
-constexpr int64_t whole(int64_t K) { return (K + Dot::kDepth - 1) / Dot::kDepth * Dot::kDepth; }
+constexpr int64_t whole(int64_t K) { return (K + Dot::kRow - 1) / Dot::kRow * Dot::kRow; }
+
+// The K channels of a tile that a product goes through: a 0 more, if they are packed in pairs.
+template <class Dot>
+constexpr int64_t filled(int64_t K) { return (K + Dot::kDepth - 1) / Dot::kDepth * Dot::kDepth; }
+
+// A kernel's weights as products take them: as they lie in memory, or copied to floats.
+template <class Dot>
+class Factors {
+    typedef typename Dot::Factor Factor;
+    static constexpr bool kCopied = !std::is_same_v<Factor, typename Dot::Element>;
+    const Factor* w_[kMaxOrder];
+    int count_ = 0;
+
+  public:
+    void add(const typename Dot::Element* w, int64_t N, int64_t K) {
+        if constexpr (kCopied) {
+            const int64_t size = N * whole<Dot>(K);
+            float* to = reinterpret_cast<float*>(allocated(vectors(size)));
+            for (int64_t i = 0; i < size; i += kLanes) store(load(w + i, size - i), to + i, kLanes);
+            w = nullptr, w_[count_++] = to;
+        } else {
+            w_[count_++] = w;
+        }
+    }
+    const Factor* operator[](int64_t i) const { return w_[i]; }
+    Factors() = default;
+    Factors(const Factors&) = delete;
+    ~Factors() {
+        if constexpr (kCopied)
+            for (int i = 0; i < count_; ++i) std::free(const_cast<Factor*>(w_[i]));
+    }
+};
 
 // A tile of K channels as a product takes it, in place.
 template <class Dot>
@@ -138,7 +182,7 @@ void pack(Vec* tile, int64_t K, int64_t V) {
 // to(i, j) = Σ_k w(i, k) · x(k, j) for R rows of w, ldw apart, and V vectors, ldx apart in k. Not inlined: the few
 // vectors that pass through memory cost less than it takes to compile all uses.
 template <class Dot, int R, int V>
-__attribute__((noinline)) void accumulate(Vec (&to)[R][V], const typename Dot::Element* w, int64_t ldw, const Vec* x,
+__attribute__((noinline)) void accumulate(Vec (&to)[R][V], const typename Dot::Factor* w, int64_t ldw, const Vec* x,
                                           int64_t ldx, int64_t K) {
     Vec sums[R][V];
 #pragma GCC unroll 8
@@ -164,12 +208,12 @@ __attribute__((noinline)) void accumulate(Vec (&to)[R][V], const typename Dot::E
 
 // w (N, K), its rows whole, times V vectors, ldx apart in k: `emit(n, v, sum)` for each of the N × V that come out.
 template <int V, class Dot = Single, class Emit>
-inline __attribute__((always_inline)) void product(const typename Dot::Element* w, int64_t N, const Vec* x, int64_t ldx,
+inline __attribute__((always_inline)) void product(const typename Dot::Factor* w, int64_t N, const Vec* x, int64_t ldx,
                                                    int64_t K, Emit emit) {
     const auto strip = [&](auto rows, int64_t n) __attribute__((always_inline)) {
         constexpr int R = decltype(rows)::value;
         Vec sums[R][V];
-        accumulate<Dot>(sums, w + n * whole<Dot>(K), whole<Dot>(K), x, ldx, whole<Dot>(K));
+        accumulate<Dot>(sums, w + n * whole<Dot>(K), whole<Dot>(K), x, ldx, filled<Dot>(K));
         for (int i = 0; i < R; ++i)
             for (int v = 0; v < V; ++v) emit(n + i, v, sums[i][v]);
     };
@@ -181,7 +225,7 @@ inline __attribute__((always_inline)) void product(const typename Dot::Element* 
 
 // The same of a tile of K channels.
 template <int V, class Dot = Single, class Emit>
-inline __attribute__((always_inline)) void product(const typename Dot::Element* w, int64_t N, const Vec* x, int64_t K,
+inline __attribute__((always_inline)) void product(const typename Dot::Factor* w, int64_t N, const Vec* x, int64_t K,
                                                    Emit emit) {
     product<V, Dot>(w, N, x, V, K, emit);
 }
@@ -254,8 +298,8 @@ void norm_back(Vec* d, const Vec* x, const Vec* inverse, int64_t C, const Norm& 
 }
 
 // A matrix (N, K) to (K, N), with rows `pitch` and `to_pitch` elements apart; the latter are filled up with 0.
-template <class T>
-void turn_matrix(const T* from, int64_t pitch, int64_t N, int64_t K, T* to, int64_t to_pitch, int64_t threads) {
+template <class From, class To>
+void turn_matrix(const From* from, int64_t pitch, int64_t N, int64_t K, To* to, int64_t to_pitch, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < N; n += kLanes)
         for (int64_t k = 0; k < K; k += kLanes) {
