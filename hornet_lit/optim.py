@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import Muon, create_optimizer_v2, muon
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -55,8 +56,8 @@ def build_optimizer(
 
     Args:
         optimizer: "adamw", as published; or "muon" (Jordan 2024, timm's): momentum made orthogonal for matrices and
-            dense convolutions, scaled to AdamW's step size (arXiv 2502.16982), and AdamW for all else. It is made so in
-            bfloat16, so that runs on other numbers of devices agree less closely than AdamW's (BENCHMARKS.md).
+            dense convolutions, scaled to AdamW's step size (arXiv 2502.16982), and AdamW for all else. On GPUs it is
+            made so in bfloat16, so that runs on other numbers of them agree less closely than AdamW's.
 
     With ``layer_decay`` d, timm gives every group a factor d^(last - id) by the network's `group_matcher`, but only
     stores it as "lr_scale": `WarmupCosine` applies it at every step.
@@ -77,8 +78,30 @@ def build_optimizer(
     built = create_optimizer_v2(
         network, opt=optimizer, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, **own
     )
+    if isinstance(built, Muon):
+        built.__class__ = _Muon
     built.register_load_state_dict_post_hook(_lay_out_like_parameters)
     return built
+
+
+class _Muon(Muon):
+    """timm's, with matrices on a CPU made orthogonal in float32 in place of bfloat16, which most CPUs multiply many
+    times more slowly (BENCHMARKS.md, Trainings)."""
+
+    def step(self, closure: Any = None) -> Any:
+        on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
+        with _orthogonal_in_float32() if on_cpu else nullcontext():
+            return super().step(closure)
+
+
+@contextmanager
+def _orthogonal_in_float32() -> Iterator[None]:
+    own = muon.zeropower_via_newtonschulz
+    muon.zeropower_via_newtonschulz = partial(own, dtype=torch.float32)
+    try:
+        yield
+    finally:
+        muon.zeropower_via_newtonschulz = own
 
 
 def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import hornet_lit
@@ -148,6 +149,17 @@ def test_settings_out_of_range_are_named(setting: dict[str, float]) -> None:
         ImageClassifier(**setting)
 
 
+class TypesOfProducts(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
+        if "mm" in operation.name():
+            self.types |= {t.dtype for t in arguments if isinstance(t, torch.Tensor)}
+        return operation(*arguments, **(options or {}))
+
+
 def test_muon_steps_orthogonally_where_there_is_a_matrix_and_as_adamw_elsewhere() -> None:
     torch.manual_seed(0)
     network = build_network("hornet_femto_32", num_classes=10, in_chans=3, img_size=32, options=None)
@@ -155,7 +167,9 @@ def test_muon_steps_orthogonally_where_there_is_a_matrix_and_as_adamw_elsewhere(
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     for p in network.parameters():
         p.grad = torch.randn_like(p)
-    optimizer.step()
+    with TypesOfProducts() as seen:
+        optimizer.step()
+    assert seen.types == {torch.float32}, "most CPUs multiply bfloat16 many times more slowly"
     steps = {name: (p.detach() - before[name]) / 0.1 for name, p in network.named_parameters()}
     for name in ("stages.1.0.gnconv.proj_in.weight", "stages.2.1.pwconv2.weight", "downsample_layers.1.1.weight"):
         singular = torch.linalg.svdvals(steps[name].flatten(1)) / (0.2 * max(steps[name].flatten(1).shape) ** 0.5)
