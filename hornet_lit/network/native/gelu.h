@@ -1,5 +1,5 @@
-// GELU's Φ(x), and the derivative of x·Φ(x), by polynomials for 15 pieces of |x|, looked up in registers: that takes
-// fewer operations than one polynomial for all, of many terms.
+// GELU's Φ(x), and the derivative of x·Φ(x), by polynomials for pieces of |x|, looked up in registers: that takes fewer
+// operations than one polynomial for all, of many terms.
 #pragma once
 
 #include <cmath>
@@ -10,14 +10,14 @@
 
 namespace {
 
-constexpr int kPieces = 16;
+constexpr int kPieces = kLanes;  // as one register holds
 
 // A polynomial for each piece: its terms.
 template <int Terms>
 struct Pieces {
     float c[Terms][kPieces] = {};
 
-    // f in units of which |t| ≤ 1/2 is around each of 0 to 14, by what equals it at the zeros of Chebyshev's
+    // f in units of which |t| ≤ 1/2 is around each piece's number, by what equals it at the zeros of Chebyshev's
     // polynomial; 1/2 in the last piece.
     template <class F>
     Pieces(F f) {
@@ -79,12 +79,12 @@ class Gelu {
 };
 
 // Off by no more than a float's last bits; for pairs by little beside the rounding to bfloat16 (2e-6, the slope 2e-5).
-const Gelu<6> kGelu(5.6);
-const Gelu<4> kRoughGelu(4.8);
+const Gelu<kPieces == 16 ? 6 : 8> kGelu(5.6);
+const Gelu<kPieces == 16 ? 4 : 6> kRoughGelu(4.8);
 
 template <class Dot>
 constexpr const auto& gelu() {
-    if constexpr (Dot::kDepth == 2) {
+    if constexpr (Dot::kRow == 2) {
         return kRoughGelu;
     } else {
         return kGelu;

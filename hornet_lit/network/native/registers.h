@@ -28,6 +28,7 @@ constexpr int64_t kR = 8, kMaxV = 3;  // kR × kMaxV sums fill three quarters of
 #else
 constexpr int64_t kR = 6, kMaxV = 2;
 #endif
+constexpr int64_t kFewer = 4;  // rows, whose sums with kMaxV vectors are just enough that none waits for another
 
 inline Vec all(float value) { return value - Vec{}; }
 #ifdef __AVX512F__
@@ -41,13 +42,11 @@ inline Vec minimum(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)
 #endif
 
 // The entries of a table at places that end in these bits.
-inline Vec looked_up(const float (&table)[16], Bits places) {
+inline Vec looked_up(const float (&table)[kLanes], Bits places) {
 #ifdef __AVX512F__
     return (Vec)_mm512_permutexvar_ps((__m512i)places, _mm512_loadu_ps(table));
 #else
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)places);
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + kLanes), (__m256i)places);
-    return (Vec)_mm256_blendv_ps(low, high, (__m256)(places << 28));
+    return (Vec)_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)places);
 #endif
 }
 

@@ -114,9 +114,9 @@ template <class Dot>
 void add_weights(const Sums<Dot>& sums, const Kept<Dot>& kept, bool first, float* to) {
     for (int i = 0; i < sums.count; ++i) {
         const int64_t N = sums.N[i], width = vectors(sums.K[i]);
-        int64_t n = 0;
-        for (; n + kR <= N; n += kR) add_rows<Dot, kR>(kept, i, n, width, first, reinterpret_cast<Vec*>(to));
-        for (; n < N; ++n) add_rows<Dot, 1>(kept, i, n, width, first, reinterpret_cast<Vec*>(to));
+        in_strips(N, [&](auto rows, int64_t n) {
+            add_rows<Dot, decltype(rows)::value>(kept, i, n, width, first, reinterpret_cast<Vec*>(to));
+        });
         to += N * width * kLanes;
     }
 }

@@ -206,6 +206,17 @@ __attribute__((noinline)) void accumulate(Vec (&to)[R][V], const typename Dot::F
         for (int j = 0; j < V; ++j) to[i][j] = sums[i][j];
 }
 
+// Shares N rows among strips of kR, of kFewer and of one row, run(R, n): of one only if all else leaves some over, since
+// its few sums wait for each other.
+template <class Run>
+inline __attribute__((always_inline)) void in_strips(int64_t N, Run run) {
+    int64_t full = N / kR, n = 0;
+    if (full > 0 && (N - full * kR) % kFewer && (N - (full - 1) * kR) % kFewer == 0) --full;
+    for (; n < full * kR; n += kR) run(std::integral_constant<int, kR>{}, n);
+    for (; n + kFewer <= N; n += kFewer) run(std::integral_constant<int, kFewer>{}, n);
+    for (; n < N; ++n) run(std::integral_constant<int, 1>{}, n);
+}
+
 // w (N, K), its rows whole, times V vectors, ldx apart in k: `emit(n, v, sum)` for each of the N × V that come out.
 template <int V, class Dot = Single, class Emit>
 inline __attribute__((always_inline)) void product(const typename Dot::Factor* w, int64_t N, const Vec* x, int64_t ldx,
@@ -217,10 +228,7 @@ inline __attribute__((always_inline)) void product(const typename Dot::Factor* w
         for (int i = 0; i < R; ++i)
             for (int v = 0; v < V; ++v) emit(n + i, v, sums[i][v]);
     };
-    int64_t n = 0;
-    for (; n + kR <= N; n += kR) strip(std::integral_constant<int, kR>{}, n);
-    for (; n + kR / 2 <= N; n += kR / 2) strip(std::integral_constant<int, kR / 2>{}, n);
-    for (; n < N; ++n) strip(std::integral_constant<int, 1>{}, n);
+    in_strips(N, strip);
 }
 
 // The same of a tile of K channels.
