@@ -37,7 +37,8 @@ struct Pieces {
     }
 };
 
-// Both are 1/2 and an odd function, 1/2 of |x| ≥ limit.
+// Both are 1/2 and an odd function, 1/2 of |x| ≥ limit. Of many vectors a few at a time, term by term: those of one wait
+// for each other.
 template <int Terms>
 class Gelu {
     const float unit_;
@@ -46,20 +47,34 @@ class Gelu {
     static double cdf(double x) { return std::erf(x * M_SQRT1_2) / 2; }
     static double slope(double x) { return cdf(x) + x * std::exp(-x * x / 2) * M_SQRT1_2 * M_2_SQRTPI / 2; }
 
-    struct Place {
-        Bits bits;  // the lowest are the piece's number
-        Vec t;
+    template <int N>
+    static constexpr int kTogether = N % 4 == 0 ? 4 : N % 3 == 0 ? 3 : N % 2 == 0 ? 2 : 1;
+
+    template <int G>
+    struct Places {
+        Bits bits[G];  // the lowest are the piece's number
+        Vec t[G];
+        Places(const Vec* x, float unit) {
+            constexpr float last = kPieces - 1, rounds = 3 << 22;  // so large that the sum has no fraction
+#pragma GCC unroll 4
+            for (int g = 0; g < G; ++g) {
+                const Vec u = minimum(all(last), (Vec)((Bits)x[g] & 0x7fffffffu) * unit), rounded = u + rounds;
+                bits[g] = (Bits)rounded, t[g] = u - (rounded - rounds);
+            }
+        }
     };
-    Place place(Vec x) const {
-        constexpr float last = kPieces - 1, rounds = 3 << 22;  // so large that the sum has no fraction
-        const Vec u = minimum(all(last), (Vec)((Bits)x & 0x7fffffffu) * unit_), rounded = u + rounds;
-        return {(Bits)rounded, u - (rounded - rounds)};
-    }
-    static Vec evaluated(const Pieces<Terms>& pieces, Vec x, const Place& at) {
-        Vec sum = looked_up(pieces.c[Terms - 1], at.bits);
+    template <int G>
+    static void evaluate(const Pieces<Terms>& pieces, const Vec* x, const Places<G>& at, Vec* y) {
+        Vec sum[G];
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) sum[g] = looked_up(pieces.c[Terms - 1], at.bits[g]);
 #pragma GCC unroll 8
-        for (int n = Terms - 2; n >= 0; --n) sum = multiplied_added(sum, at.t, looked_up(pieces.c[n], at.bits));
-        return (Vec)((Bits)sum ^ ((Bits)x & 0x80000000u)) + 0.5f;
+        for (int n = Terms - 2; n >= 0; --n)
+#pragma GCC unroll 4
+            for (int g = 0; g < G; ++g)
+                sum[g] = multiplied_added(sum[g], at.t[g], looked_up(pieces.c[n], at.bits[g]));
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) y[g] = (Vec)((Bits)sum[g] ^ ((Bits)x[g] & 0x80000000u)) + 0.5f;
     }
 
   public:
@@ -68,13 +83,28 @@ class Gelu {
           cdf_([&](double u) { return cdf(u / unit_); }),
           slope_([&](double u) { return slope(u / unit_); }) {}
 
-    Vec normal_cdf(Vec x) const { return evaluated(cdf_, x, place(x)); }
-    struct Both {
-        Vec cdf, slope;
-    };
-    Both both(Vec x) const {
-        const Place at = place(x);
-        return {evaluated(cdf_, x, at), evaluated(slope_, x, at)};
+    // N vectors x to x·Φ(x), in place.
+    template <int N>
+    void apply(Vec* x) const {
+        constexpr int G = kTogether<N>;
+        for (int i = 0; i < N; i += G, x += G) {
+            Vec cdf[G];
+            evaluate<G>(cdf_, x, Places<G>(x, unit_), cdf);
+            for (int g = 0; g < G; ++g) x[g] *= cdf[g];
+        }
+    }
+
+    // And to that function's derivative.
+    template <int N>
+    void apply(Vec* x, Vec* derivative) const {
+        constexpr int G = kTogether<N>;
+        for (int i = 0; i < N; i += G, x += G, derivative += G) {
+            const Places<G> at(x, unit_);
+            Vec cdf[G];
+            evaluate<G>(slope_, x, at, derivative);
+            evaluate<G>(cdf_, x, at, cdf);
+            for (int g = 0; g < G; ++g) x[g] *= cdf[g];
+        }
     }
 };
 

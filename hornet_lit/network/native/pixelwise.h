@@ -129,14 +129,17 @@ auto mlp_run(const Mlp<X, typename Dot::Element>& a, const Factors<Dot>& w, int6
         standardise<V>(x, a.C, a.norm.eps, inverse);
         affine<V>(x, a.C, a.norm, x);
         pack<Dot>(x, a.C, V);
-        product<V, Dot>(w[0], a.N, x, a.C, [&](int64_t n, int v, Vec sum) {
-            const Vec h = sum + a.b1[n];
-            if (past) {
-                store_past(h, kept + (n * V + v) * kLanes);
-            } else if (kept) {
-                store(h, kept + (n * V + v) * kLanes, kLanes);
-            }
-            hidden[n * V + v] = h * gelu<Dot>().normal_cdf(h);
+        product_by_strips<V, Dot>(w[0], a.N, x, V, a.C, [&](int64_t n, auto& sums) __attribute__((always_inline)) {
+            constexpr int R = sizeof sums / sizeof sums[0];
+            Vec* h = hidden + n * V;
+            for (int i = 0; i < R; ++i)
+                for (int v = 0; v < V; ++v) h[i * V + v] = sums[i][v] + a.b1[n + i];
+            if (kept)
+                for (int i = 0; i < R * V; ++i) {
+                    auto* to = kept + (n * V + i) * kLanes;
+                    past ? store_past(h[i], to) : store(h[i], to, kLanes);
+                }
+            gelu<Dot>().template apply<R * V>(h);
         });
         pack<Dot>(hidden, a.N, V);
         product<V, Dot>(w[1], a.C, hidden, a.N, [&](int64_t c, int v, Vec sum) {
@@ -164,13 +167,18 @@ void mlp_backward(const Mlp<X, typename Dot::Element>& a, int64_t M, int64_t T, 
         turn<Dot, V>(dy, a.C, kept.rows[1]);
         scaled<V>(dy, a.C, a.scale, dx);
         pack<Dot>(dx, a.C, V);
-        product<V, Dot>(w2, a.N, dx, a.C, [&](int64_t n, int v, Vec sum) {
-            const Vec h = load(kept_h + (n * V + v) * kLanes, kLanes);
-            const auto [cdf, slope] = gelu<Dot>().both(h);
-            const Vec d = sum * slope;
-            store(h * cdf, kept.d[1] + (n * kWidth + v) * kLanes, kLanes);
-            dh.at[n * dh.pitch + v] = d;
-            lanes[n] += d;
+        product_by_strips<V, Dot>(w2, a.N, dx, V, a.C, [&](int64_t n, auto& sums) __attribute__((always_inline)) {
+            constexpr int R = sizeof sums / sizeof sums[0];
+            Vec h[R * V], slope[R * V];
+            for (int i = 0; i < R * V; ++i) h[i] = load(kept_h + (n * V + i) * kLanes, kLanes);
+            gelu<Dot>().template apply<R * V>(h, slope);
+            for (int i = 0; i < R; ++i)
+                for (int v = 0; v < V; ++v) {
+                    const Vec d = sums[i][v] * slope[i * V + v];
+                    store(h[i * V + v], kept.d[1] + ((n + i) * kWidth + v) * kLanes, kLanes);
+                    dh.at[(n + i) * dh.pitch + v] = d;
+                    lanes[n + i] += d;
+                }
         });
         enter<V>(a.x, t, a.C, M, x);
         standardise<V>(x, a.C, a.norm.eps, inverse);

@@ -217,18 +217,27 @@ inline __attribute__((always_inline)) void in_strips(int64_t N, Run run) {
     for (; n < N; ++n) run(std::integral_constant<int, 1>{}, n);
 }
 
-// w (N, K), its rows whole, times V vectors, ldx apart in k: `emit(n, v, sum)` for each of the N × V that come out.
+// w (N, K), its rows whole, times V vectors, ldx apart in k: `emit(n, sums)` for rows from n on, of the N × V that come out.
+template <int V, class Dot, class Emit>
+inline __attribute__((always_inline)) void product_by_strips(const typename Dot::Factor* w, int64_t N, const Vec* x,
+                                                             int64_t ldx, int64_t K, Emit emit) {
+    in_strips(N, [&](auto rows, int64_t n) __attribute__((always_inline)) {
+        Vec sums[decltype(rows)::value][V];
+        accumulate<Dot>(sums, w + n * whole<Dot>(K), whole<Dot>(K), x, ldx, filled<Dot>(K));
+        emit(n, sums);
+    });
+}
+
+// The same with `emit(n, v, sum)` for each.
 template <int V, class Dot = Single, class Emit>
 inline __attribute__((always_inline)) void product(const typename Dot::Factor* w, int64_t N, const Vec* x, int64_t ldx,
                                                    int64_t K, Emit emit) {
-    const auto strip = [&](auto rows, int64_t n) __attribute__((always_inline)) {
-        constexpr int R = decltype(rows)::value;
-        Vec sums[R][V];
-        accumulate<Dot>(sums, w + n * whole<Dot>(K), whole<Dot>(K), x, ldx, filled<Dot>(K));
-        for (int i = 0; i < R; ++i)
-            for (int v = 0; v < V; ++v) emit(n + i, v, sums[i][v]);
-    };
-    in_strips(N, strip);
+    product_by_strips<V, Dot>(w, N, x, ldx, K, [&](int64_t n, auto& sums) __attribute__((always_inline)) {
+        for (auto& row : sums) {
+            for (int v = 0; v < V; ++v) emit(n, v, row[v]);
+            ++n;
+        }
+    });
 }
 
 // The same of a tile of K channels.
