@@ -1,11 +1,11 @@
 // Depth-wise K×K convolution (stride 1, padding K/2) on channels-last maps, and its weight's and bias's gradients.
 //
 // Sixteen channels are one vector, or eight without AVX-512. For each image and channel vector a band of rows is packed
-// into zero-padded, contiguous float buffers that stay in the second-level cache. The convolution then makes seven
-// output columns at a time in registers out of K + 6 loaded inputs of each row; of the gradients every kernel row keeps
-// its K sums there while four output columns at a time slide over K + 3 inputs: so multiply-adds and not loads are the
-// limit.
-// Plain C++ with the vector extension that gcc and clang share: no torch headers, so it compiles in about a second.
+// into zero-padded, contiguous float buffers that stay in the second-level cache. The convolution then makes up to
+// eight output columns at a time in registers out of K + 7 loaded inputs of each row; of the gradients every kernel row
+// keeps its K sums there while four output columns at a time slide over K + 3 inputs: so multiply-adds and not loads are
+// the limit.
+// Plain C++ with the vector extension that gcc and clang share: no torch headers, so it compiles in seconds.
 #include <type_traits>
 
 #include "vectors.h"
@@ -13,7 +13,6 @@
 namespace {
 
 constexpr int64_t kColumns = 4, kBand = 16;
-constexpr int64_t kOutputs = 7;  // columns of the convolution at a time: the sides of ImageNet's maps are multiples
 constexpr int64_t kGroup = 4;    // vectors of channels packed together: a cache line at a time would miss the TLB
 inline int64_t padded(int64_t columns) { return (columns + kColumns - 1) / kColumns * kColumns; }
 // Of a map (B, H, W, C): w (C, K, K), bias (C) or null.
@@ -24,36 +23,44 @@ struct Convolution {
     int64_t B, H, W, C, K;
     int64_t groups() const { return (vectors(C) + kGroup - 1) / kGroup; }
     int64_t bands() const { return (H + kBand - 1) / kBand; }
-    int64_t width() const { return (W + kOutputs - 1) / kOutputs * kOutputs + K - 1; }  // of what is packed
+    // Columns at a time, and of all: the sides of ImageNet's maps are multiples of 7, CIFAR's of 8, and its last is 4.
+    int64_t outputs() const { return W <= 4 ? 4 : (W + 7) / 8 * 8 < (W + 6) / 7 * 7 ? 8 : 7; }
+    int64_t columns() const { return (W + outputs() - 1) / outputs() * outputs(); }
+    int64_t width() const { return columns() + K - 1; }  // of what is packed
     int64_t height() const { return (H < kBand ? H : kBand) + K - 1; }
     bool past(int64_t pixels) const { return sizeof(T) == sizeof(float) && past_caches(y, pixels, C); }
 };
 
-// One vector of channels of a band: x is packed, w (K, K); y is the band's first pixel.
-template <int K, class T>
-void convolve(const Convolution<T>& a, const Vec* x, const Vec* w, Vec bias, T* y, int64_t rows, int64_t lanes,
-              bool past) {
-    for (int64_t h = 0; h < rows; ++h)
-        for (int64_t column = 0; column < a.W; column += kOutputs) {
-            Vec sum[kOutputs];
-            for (int u = 0; u < kOutputs; ++u) sum[u] = bias;
-            for (int i = 0; i < K; ++i) {
-                Vec in[K + kOutputs - 1];
+// One vector of channels of a band of rows from `top` on: x is packed, w (K, K); y is the band's first pixel.
+template <int K, int Outputs, class T>
+void convolve(const Convolution<T>& a, const Vec* x, const Vec* w, Vec bias, T* y, int64_t top, int64_t rows,
+              int64_t lanes, bool past) {
+    const int64_t width = a.width();
+    for (int64_t h = 0; h < rows; ++h) {
+        // Beyond the map all is 0.
+        const int64_t above = K / 2 - (top + h), below = top + h + K / 2 + 1 - a.H;
+        const int64_t first = above > 0 ? above : 0, last = below > 0 ? K - below : K;
+        for (int64_t column = 0; column < a.W; column += Outputs) {
+            Vec sum[Outputs];
+            for (int u = 0; u < Outputs; ++u) sum[u] = bias;
+            for (int64_t i = first; i < last; ++i) {
+                Vec in[K + Outputs - 1];
 #pragma GCC unroll 32
-                for (int j = 0; j < K + kOutputs - 1; ++j) in[j] = x[(h + i) * a.width() + column + j];
+                for (int j = 0; j < K + Outputs - 1; ++j) in[j] = x[(h + i) * width + column + j];
 #pragma GCC unroll 16
                 for (int j = 0; j < K; ++j) {
                     const Vec weight = w[i * K + j];
 #pragma GCC unroll 8
-                    for (int u = 0; u < kOutputs; ++u) sum[u] += weight * in[u + j];
+                    for (int u = 0; u < Outputs; ++u) sum[u] += weight * in[u + j];
                 }
             }
-            const int64_t outputs = a.W - column < kOutputs ? a.W - column : kOutputs;
+            const int64_t outputs = a.W - column < Outputs ? a.W - column : Outputs;
             for (int64_t u = 0; u < outputs; ++u) {
                 T* to = y + (h * a.W + column + u) * a.C;
                 past ? store_past(sum[u], to) : store(sum[u], to, lanes);
             }
         }
+    }
 }
 
 // One group of channels of a band of an image; w (K, K, C); what is packed has zeros at its sides. Not inlined: the
@@ -82,7 +89,8 @@ __attribute__((noinline)) void convolve_group(const Convolution<T>& a, const T* 
         for (int64_t k = 0; k < K * K; ++k) weights[k] = load(w + k * C + c, C - c);
         const Vec start = a.bias ? load(a.bias + c, C - c) : Vec{};
         T* to = a.y + ((b * H + top) * W) * C + c;
-        convolve<K>(a, packed + m * height * width, weights, start, to, rows, C - c, past);
+        const auto run = a.outputs() == 8 ? convolve<K, 8, T> : a.outputs() == 7 ? convolve<K, 7, T> : convolve<K, 4, T>;
+        run(a, packed + m * height * width, weights, start, to, top, rows, C - c, past);
     }
 }
 
