@@ -1,4 +1,4 @@
-"""Our depth-wise weight gradient against the library's in float64, and the ways round it."""
+"""Depth-wise convolution and our weight gradient against the library in float64, and the ways round them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from hornet_lit.network import depthwise, native
-from hornet_lit.network.depthwise import depthwise_conv2d, depthwise_weight_grad
+from hornet_lit.network.depthwise import KERNEL_SIZES, depthwise_conv2d, depthwise_weight_grad
+from tests.network.conftest import assert_near
 
 
 def reference(x: torch.Tensor, grad: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,6 +38,17 @@ def test_a_gradient_of_another_type_is_converted_and_not_misread() -> None:
     ours, _ = depthwise_weight_grad(x, grad, 7)
     exact, _ = reference(x, grad, 7)
     assert (ours.double() - exact).abs().max() <= 2e-2 * exact.abs().max()
+
+
+@pytest.mark.parametrize("k", KERNEL_SIZES)
+@pytest.mark.parametrize("height", [1, 5, 18])
+def test_convolution_of_any_width_matches_float64(height: int, k: int) -> None:
+    torch.manual_seed(0)
+    w, bias = torch.randn(11, 1, k, k) / k, torch.randn(11)
+    for width in range(1, 19):
+        x = torch.randn(2, 11, height, width)
+        exact = F.conv2d(x.double(), w.double(), bias.double(), padding=k // 2, groups=11)
+        assert_near(depthwise_conv2d(x, w, bias), exact, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
