@@ -19,15 +19,15 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from hornet_lit.network import native
-from hornet_lit.network.layers import GELU, ChannelLinear, changed, observed
-from hornet_lit.network.native.arguments import pointer
+from hornet_lit.network.layers import GELU, ChannelLinear, StridedConv, changed, observed
+from hornet_lit.network.native.arguments import MAX_SIDE, pointer
 from hornet_lit.network.native.steps import Call
 from hornet_lit.network.operations import dispatched, readable
 
 MOST_BYTES = 2**30  # for all threads' sums in a backward kernel: few threads for wide layers on large machines
 EVEN = 16  # images a thread from which on one more for some threads matters little
 LEAST_EPSILON = 2.0**-126  # the kernels' is a float
-LINEAR, NORM = (nn.Conv2d, ChannelLinear), (LayerNorm2d,)
+LINEAR, NORM = (nn.Conv2d, ChannelLinear, StridedConv), (LayerNorm2d,)
 
 
 def may_take_turns(x_BCHW: torch.Tensor) -> bool:
@@ -85,7 +85,7 @@ def promoted(x_BCHW: torch.Tensor, scale_C: torch.Tensor | None) -> torch.Tensor
 def _plain(module: nn.Module, dtypes: Sequence[torch.dtype], kinds: Sequence[type[nn.Module]]) -> bool:
     if type(module) not in kinds or changed(module):
         return False
-    if isinstance(module, nn.Conv2d) and not _pointwise(module):
+    if isinstance(module, nn.Conv2d) and not (_patchwise if type(module) is StridedConv else _pointwise)(module):
         return False
     # Not as attributes, which nn.Module looks up in Python: this is asked some hundred times a step.
     parameters = module._parameters
@@ -99,6 +99,13 @@ def _plain(module: nn.Module, dtypes: Sequence[torch.dtype], kinds: Sequence[typ
 
 def _pointwise(conv: nn.Conv2d) -> bool:
     return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
+def _patchwise(conv: nn.Conv2d) -> bool:
+    """Whether its patches are squares that lie side by side."""
+    side = conv.kernel_size[0]
+    beside = conv.kernel_size == conv.stride == (side, side) and conv.padding == (0, 0) and conv.dilation == (1, 1)
+    return beside and side <= MAX_SIDE and conv.groups == 1
 
 
 def _built() -> bool:

@@ -15,10 +15,10 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from hornet_lit.network.filters import Size
-from hornet_lit.network.fused import may_take_turns, usable
+from hornet_lit.network.fused import may_take_turns, promoted, usable
 from hornet_lit.network.layers import GELU, ChannelLinear, Recomputing, StridedConv, changed
 from hornet_lit.network.native.steps import Steps
-from hornet_lit.network.pixelwise import norm_mlp
+from hornet_lit.network.pixelwise import norm_mlp, norm_strided
 
 MixerFactory = Callable[..., nn.Module]
 POOLS = ("avg", "max", "avgmax", "")
@@ -355,7 +355,8 @@ class HorNet(nn.Module):
         return self.forward_head(self.forward_features(x_BCHW))
 
     def _stage(self, i: int, x_BCHW: torch.Tensor) -> torch.Tensor:
-        x_BCHW = self.downsample_layers[i](x_BCHW)
+        y_BCHW = _normed_and_strided(self.downsample_layers[i], x_BCHW)
+        x_BCHW = self.downsample_layers[i](x_BCHW) if y_BCHW is None else y_BCHW
         stage = self.stages[i]
         if i in self.grad_checkpointing and self.training:
             return checkpoint_seq(stage, x_BCHW)
@@ -378,6 +379,17 @@ class HorNet(nn.Module):
                 f"images of {height}×{width} vanish in a network of stride {self.stride}: use at least "
                 f"{self.stride}×{self.stride}, or a variant with a smaller stem (hornet_*_32)"
             )
+
+
+def _normed_and_strided(layers: nn.Module, x_BCHW: torch.Tensor) -> torch.Tensor | None:
+    """A step between stages, LayerNorm and convolution, in one fused operation; None where that cannot serve."""
+    if type(layers) is not nn.Sequential or changed(layers) or len(layers) != 2:
+        return None
+    norm, conv = layers
+    if type(norm) is not LayerNorm2d or type(conv) is not StridedConv:
+        return None
+    x_BCHW = promoted(x_BCHW, norm.weight)
+    return norm_strided(x_BCHW, norm, conv) if usable(x_BCHW, norm, conv, scale_C=None) else None
 
 
 def _in_turn(stage: nn.Sequential, x_BCHW: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ Shapes: B batch, C channels, H height, W width, N channels out or hidden, P chan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +36,8 @@ from hornet_lit.network.native.steps import Call, Steps
 from hornet_lit.network.operations import operation
 
 # LayerNorm and a linear layer, whose output is split in two: P channels, and the rest. If a second norm follows upon
-# the rest, its halves are maps of their own. Parameters: weight (N, C), bias, the norm's two, the second norm's two.
+# the rest, its halves are maps of their own. The layer may take the S × S pixels of a patch side by side, each normed
+# by itself. Parameters: weight (N, K = S²C), bias, the norm's two, the second norm's two.
 
 
 @operation("norm_linear")
@@ -43,7 +45,7 @@ def _norm_linear(
     x_BCHW: torch.Tensor, parameters: Sequence[torch.Tensor], eps: Sequence[float], first: int, keep: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     call, maps, kept = _linear_call(x_BCHW, parameters, eps, first, keep)
-    call.run(pixels(x_BCHW), torch.get_num_threads())
+    call.run(pixels(maps[0]), torch.get_num_threads())
     return maps, kept
 
 
@@ -76,11 +78,20 @@ def _linear_outputs(
     keep: bool,
     new_map: NewMap = map_like,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    weight_NC, twice = parameters[0], len(parameters) > 4
-    rest = weight_NC.shape[0] - first
+    weight_NK, twice = parameters[0], len(parameters) > 4
+    rest = weight_NK.shape[0] - first
     widths = [first, rest - rest // 2, rest // 2] if twice else [first, rest]
-    kept = room_for_tiles(x_BCHW, rest, weight_NC.dtype, keep and twice)
-    return [new_map(x_BCHW, width, weight_NC.dtype) for width in widths], kept
+    kept = room_for_tiles(x_BCHW, rest, weight_NK.dtype, keep and twice)
+    side = _side(weight_NK, x_BCHW.shape[1])
+    if side > 1:  # a map of the patches' size
+        height, width = (length // side * side for length in x_BCHW.shape[2:])
+        x_BCHW = x_BCHW[..., :height:side, :width:side]
+    return [new_map(x_BCHW, width, weight_NK.dtype) for width in widths], kept
+
+
+def _side(weight_NK: torch.Tensor, channels: int) -> int:
+    """S; a 0 that makes a row whole does not matter."""
+    return math.isqrt(weight_NK.shape[1] // channels)
 
 
 def _linear_arguments(
@@ -91,8 +102,9 @@ def _linear_arguments(
     maps: Sequence[torch.Tensor],
     kept: Sequence[torch.Tensor],
 ) -> Linear:
-    (weight_NC, _, *norms), (p, q, *r) = parameters, maps
-    arguments = Linear(K=x.shape[-1], N=weight_NC.shape[0], P=first, **pointers(x=x, w=weight_NC, p=p, q=q))
+    (weight_NK, _, *norms), (p, q, *r), (_, height, width, channels) = parameters, maps, x.shape
+    sizes = {"K": channels, "S": _side(weight_NK, channels), "N": weight_NK.shape[0], "P": first}
+    arguments = Linear(height=height, width=width, **sizes, **pointers(x=x, w=weight_NK, p=p, q=q))
     arguments.norm = Norm(*map(pointer, norms[:2]), eps[0])
     if r:
         arguments.r, arguments.then = pointer(r[0]), Norm(*map(pointer, norms[2:]), eps[1])
@@ -108,16 +120,19 @@ def _norm_linear_backward(
     parameters: Sequence[torch.Tensor],
     eps: Sequence[float],
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    weight_NC, x, maps = parameters[0], rows(x_BCHW), [rows(dmap_BCHW) for dmap_BCHW in dmaps]
+    weight_NK, x, maps = parameters[0], rows(x_BCHW), [rows(dmap_BCHW) for dmap_BCHW in dmaps]
     threads = int(kept[1]) if kept else torch.get_num_threads()
     dx_BCHW, lengths = map_like(x_BCHW, x.shape[-1]), [vector.shape[0] for vector in parameters[1:]]
+    side = _side(weight_NK, x.shape[-1])
+    if x.shape[1] % side or x.shape[2] % side:  # no patch has those
+        dx_BCHW.zero_()
     dvectors = x.new_empty(sum(lengths), dtype=torch.float32)
-    dw_NC = torch.empty_like(weight_NC, dtype=torch.float32)
+    dw_NK = torch.empty_like(weight_NK, dtype=torch.float32)
     arguments = _linear_arguments(x, parameters, eps, maps[0].shape[-1], maps, kept)
-    arguments.dx, arguments.dw, arguments.dvectors = map(pointer, (dx_BCHW, dw_NC, dvectors))
-    sizes = x.numel() // x.shape[-1], threads, workers([weight_NC], threads)
-    typed_call("linear_backward", (x, weight_NC), arguments).run(*sizes)
-    return dx_BCHW, [dw_NC, *torch.split_with_sizes_copy(dvectors, lengths)]
+    arguments.dx, arguments.dw, arguments.dvectors = map(pointer, (dx_BCHW, dw_NK, dvectors))
+    sizes = pixels(dmaps[0]), threads, workers([weight_NK], threads)
+    typed_call("linear_backward", (x, weight_NK), arguments).run(*sizes)
+    return dx_BCHW, [dw_NK, *torch.split_with_sizes_copy(dvectors, lengths)]
 
 
 @_norm_linear_backward.register_fake
@@ -161,9 +176,28 @@ def norm_linear(
     channels = linear.weight.shape[0]
     if then is not None and then.weight.shape[0] != channels - first:
         raise ValueError(f"{linear} gives {channels - first} channels to a norm of {then.weight.shape[0]}")
-    vectors = [linear.bias, *(v for n in norms for v in (n.weight, n.bias))]
-    weight_NC, dtype = fitting_weight(linear, (channels, x_BCHW.shape[1])), weights_type(x_BCHW)
-    parameters, eps = [weight_NC, *map(vector, vectors)], [n.eps for n in norms]
+    return _linear_maps(x_BCHW, fitting_weight(linear, (channels, x_BCHW.shape[1])), linear.bias, norms, first, steps)
+
+
+def norm_strided(x_BCHW: torch.Tensor, norm: LayerNorm2d, conv: nn.Conv2d) -> torch.Tensor:
+    """``conv(norm(x))`` for a convolution whose patches lie side by side, see `fused.usable`."""
+    channels, side = conv.weight.shape[0], conv.kernel_size[0]
+    if conv.weight.shape[1:] != (x_BCHW.shape[1], side, side):
+        raise ValueError(f"a convolution of {x_BCHW.shape[1]} channels belongs here, not {conv}")
+    weight_NK = conv.weight.permute(0, 2, 3, 1).flatten(1)
+    return _linear_maps(x_BCHW, weight_NK, conv.bias, (norm,), channels)[0]
+
+
+def _linear_maps(
+    x_BCHW: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor,
+    norms: Sequence[LayerNorm2d],
+    first: int,
+    steps: Steps | None = None,
+) -> Sequence[torch.Tensor]:
+    vectors, dtype = [bias_N, *(v for n in norms for v in (n.weight, n.bias))], weights_type(x_BCHW)
+    parameters, eps = [weight_NK, *map(vector, vectors)], [n.eps for n in norms]
     if needed(x_BCHW, *parameters):
         return _NormLinear.apply(x_BCHW, eps, first, dtype, *parameters)
     parameters = [lowered(p, dtype) for p in parameters]

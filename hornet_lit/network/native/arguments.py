@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 MAX_ORDER = 16  # of gnConv
+MAX_SIDE = 4  # of patches
 Pointer, Int = ctypes.c_void_p, ctypes.c_int64
 Pointers = Pointer * MAX_ORDER
 
@@ -40,7 +41,7 @@ class Norm(ctypes.Structure):
 
 
 class Linear(ctypes.Structure):
-    _fields_ = [("x", Pointer), ("K", Int), ("N", Int), ("P", Int), ("norm", Norm)]
+    _fields_ = [("x", Pointer), *((name, Int) for name in ("K", "S", "height", "width", "N", "P")), ("norm", Norm)]
     _fields_ += [(name, Pointer) for name in ("w", "b", "p", "q", "r")]
     _fields_ += [("then", Norm)]
     _fields_ += [(name, Pointer) for name in ("kept", "dx", "dw", "dvectors")]

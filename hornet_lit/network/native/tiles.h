@@ -29,37 +29,40 @@ void prefetch_next(const T* x, const Tile& t, int64_t C, int64_t M) {
     for (int64_t at = first * C; at < last * C; at += 64 / sizeof(T)) __builtin_prefetch(x + at, 0, 2);
 }
 
-// A tile's pixels from memory, a map of M pixels of C channels, which in the tile lie `pitch` vectors apart; pixels beyond
-// the tile's rows are 0.
-template <int V>
-void enter(const float* map, const Tile& t, int64_t C, int64_t M, Vec* tile, int64_t pitch = V) {
-    const float* x = map + t.first * C;
+// A tile's pixels from memory, each from where `row` says, of C channels, which in the tile lie `pitch` vectors apart;
+// pixels beyond the tile's rows are 0.
+template <int V, class Row>
+inline void enter_rows(const float* x, Row row, int64_t rows, int64_t C, Vec* tile, int64_t pitch = V) {
     for (int64_t v = 0; v < V; ++v)
         for (int64_t c = 0; c < C; c += kLanes) {
             Vec r[kLanes];
             for (int64_t i = 0; i < kLanes; ++i)
-                r[i] = v * kLanes + i < t.rows ? load(x + (v * kLanes + i) * C + c, C - c) : Vec{};
+                r[i] = v * kLanes + i < rows ? load(x + row(v * kLanes + i) + c, C - c) : Vec{};
             transpose(r);
             for (int64_t i = 0; i < kLanes && c + i < C; ++i) tile[(c + i) * pitch + v] = r[i];
         }
-    prefetch_next(map, t, C, M);
 }
 
 // Of bfloat16 a pair of channels at a time.
-template <int V>
-void enter(const uint16_t* map, const Tile& t, int64_t C, int64_t M, Vec* tile, int64_t pitch = V) {
-    const uint16_t* x = map + t.first * C;
+template <int V, class Row>
+inline void enter_rows(const uint16_t* x, Row row, int64_t rows, int64_t C, Vec* tile, int64_t pitch = V) {
     for (int64_t v = 0; v < V; ++v)
         for (int64_t c = 0; c < C; c += 2 * kLanes) {
             Vec r[kLanes];
             for (int64_t i = 0; i < kLanes; ++i)
-                r[i] = v * kLanes + i < t.rows ? load_some<Vec>(x + (v * kLanes + i) * C + c, C - c) : Vec{};
+                r[i] = v * kLanes + i < rows ? load_some<Vec>(x + row(v * kLanes + i) + c, C - c) : Vec{};
             transpose(r);
             for (int64_t i = 0; i < kLanes && c + 2 * i < C; ++i) {
                 tile[(c + 2 * i) * pitch + v] = (Vec)((Bits)r[i] << 16);
                 if (c + 2 * i + 1 < C) tile[(c + 2 * i + 1) * pitch + v] = (Vec)((Bits)r[i] & 0xffff0000u);
             }
         }
+}
+
+// Of a map of M pixels.
+template <int V, class T>
+void enter(const T* map, const Tile& t, int64_t C, int64_t M, Vec* tile, int64_t pitch = V) {
+    enter_rows<V>(map + t.first * C, [=](int64_t i) { return i * C; }, t.rows, C, tile, pitch);
     prefetch_next(map, t, C, M);
 }
 
@@ -68,24 +71,21 @@ void store_line(Vec v, T* to, int64_t count, bool past) {
     past ? store_past(v, reinterpret_cast<float*>(to)) : store_some(v, to, count);
 }
 
-// A tile's first `rows` pixels to memory, from the first of them on, as rows of C channels of a map of M pixels; in the
-// tile channels are `pitch` vectors apart.
-template <int V>
-void leave(const Vec* tile, const Tile& t, int64_t C, float* x, int64_t M, int64_t pitch = V) {
-    const bool past = past_caches(x, M, C);
+// A tile's first `rows` pixels to memory, each to where `row` says; in the tile channels are `pitch` vectors apart.
+template <int V, class Row>
+inline void leave_rows(const Vec* tile, float* x, Row row, int64_t rows, int64_t C, bool past, int64_t pitch = V) {
     for (int64_t v = 0; v < V; ++v)
         for (int64_t c = 0; c < C; c += kLanes) {
             Vec r[kLanes];
             for (int64_t i = 0; i < kLanes; ++i) r[i] = c + i < C ? tile[(c + i) * pitch + v] : Vec{};
             transpose(r);
-            for (int64_t i = 0; i < kLanes && v * kLanes + i < t.rows; ++i)
-                store_line(r[i], x + (t.first + v * kLanes + i) * C + c, C - c, past);
+            for (int64_t i = 0; i < kLanes && v * kLanes + i < rows; ++i)
+                store_line(r[i], x + row(v * kLanes + i) + c, C - c, past);
         }
 }
 
-template <int V>
-void leave(const Vec* tile, const Tile& t, int64_t C, uint16_t* x, int64_t M, int64_t pitch = V) {
-    const bool past = past_caches(x, M, C);
+template <int V, class Row>
+inline void leave_rows(const Vec* tile, uint16_t* x, Row row, int64_t rows, int64_t C, bool past, int64_t pitch = V) {
     for (int64_t v = 0; v < V; ++v)
         for (int64_t c = 0; c < C; c += 2 * kLanes) {
             Vec r[kLanes];
@@ -95,9 +95,16 @@ void leave(const Vec* tile, const Tile& t, int64_t C, uint16_t* x, int64_t M, in
                 r[i] = k < C ? paired(tile[k * pitch + v], second) : Vec{};
             }
             transpose(r);
-            for (int64_t i = 0; i < kLanes && v * kLanes + i < t.rows; ++i)
-                store_line(r[i], x + (t.first + v * kLanes + i) * C + c, C - c, past);
+            for (int64_t i = 0; i < kLanes && v * kLanes + i < rows; ++i)
+                store_line(r[i], x + row(v * kLanes + i) + c, C - c, past);
         }
+}
+
+// From the tile's first pixel on, as rows of a map of M pixels.
+template <int V, class T>
+void leave(const Vec* tile, const Tile& t, int64_t C, T* x, int64_t M, int64_t pitch = V) {
+    const auto row = [=](int64_t i) { return i * C; };
+    leave_rows<V>(tile, x + t.first * C, row, t.rows, C, past_caches(x, M, C), pitch);
 }
 
 // What a product multiplies. Weights lie in memory as rows of `Element`, whole numbers of kRow of them, and so do the maps
