@@ -92,7 +92,11 @@ class Result:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures hold for."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        vectors = torch.backends.cpu.get_cpu_capability() + (" and bf16" if MULTIPLIES_BFLOAT16 else "")
+        name = f"{platform.processor() or platform.machine()} with {vectors}"
     about = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
     return about | {"python": platform.python_version()}
 
