@@ -12,6 +12,7 @@ import torch
 
 from hornet_lit.bench import Setting, machine
 from hornet_lit.network.build import build_network
+from hornet_lit.network.layers import MULTIPLIES_BFLOAT16
 from tests.conftest import filled_by_rule
 from tests.device.report import Bar, Job, Report
 from tests.processor.turns import Measured, Variant, take_turns
@@ -44,6 +45,8 @@ def bars() -> list[Bar]:
 
 def run(job: Job) -> Report:
     report = Report(part="speed", machine=machine(torch.device("cpu")))
+    if not MULTIPLIES_BFLOAT16:
+        report.notes.append(f"{RIVAL} in bf16 left out: PyTorch takes some ten times fp32's time on this CPU")
     for kind, network in (SMALL_OURS if job.small else OURS).items():
         report.found[f"{kind}, inference bf16, relative error"] = _error(network, 32 if job.small else 224)
     for step, (kind, network) in itertools.product(STEPS, (SMALL_OURS if job.small else OURS).items()):
@@ -65,15 +68,15 @@ def variants(step: str, network: str, job: Job) -> list[Variant]:
     )
     compiled = replace(base, compile="default")
     low = replace(base, precision="bf16" if step == "infer" else "bf16-mixed")
-    rival = replace(base, network=SMALL_RIVAL if job.small else RIVAL)
-    if job.small:
-        return [Variant(setting=base), Variant(setting=low), Variant(setting=rival)]
-    found = [Variant(setting=s) for s in (base, compiled, low)]
-    found += [Variant(setting=replace(s, network=rival.network)) for s in (base, compiled, low)]
+    rival = SMALL_RIVAL if job.small else RIVAL
+    modes = [base, low] if job.small else [base, compiled, low]
+    found = [Variant(side="ours", setting=s) for s in modes]
+    rivals = [replace(s, network=rival) for s in modes if s is not low or MULTIPLIES_BFLOAT16]
+    found += [Variant(side="rival", setting=s) for s in rivals]
     if job.authors is not None:
-        theirs = Variant(setting=replace(base, channels_last=False), authors=job.authors)
+        theirs = Variant(side="authors", setting=replace(base, channels_last=False), authors=job.authors)
         found += [theirs, replace(theirs, keeps_memory=False)]
-        if step == "infer":
+        if step == "infer" and not job.small:
             found.append(replace(theirs, setting=replace(theirs.setting, compile="default")))
     return found
 
@@ -96,7 +99,7 @@ def ratio(ours: Measured, theirs: Measured) -> float:
 
 def _tell(step: str, kind: str, found: dict[Variant, Measured], rates: list[float], report: Report) -> None:
     rate = statistics.median(rates)
-    authors = {v.compiled: m for v, m in found.items() if v.authors and v.keeps_memory}
+    authors = {v.compiled: m for v, m in found.items() if v.side == "authors" and v.keeps_memory}
     plain = next((m for v, m in found.items() if not v.keeps_memory), None)
     rows: list[dict[str, Any]] = []
     for variant, measured in found.items():
@@ -123,9 +126,8 @@ def _judged(step: str, kind: str, found: dict[Variant, Measured], rate: float) -
         fitting = [
             measured
             for v, measured in found.items()
-            if (whose == "authors" if v.authors else (whose == "rival") == (v.setting.network in (RIVAL, SMALL_RIVAL)))
+            if (v.side, v.setting.precision != "32") == (whose, low)
             and v.keeps_memory
-            and (v.setting.precision != "32") == low
             and compiled in (None, v.compiled)
         ]
         return max(fitting, key=lambda m: m.rate(1), default=None)
@@ -144,7 +146,7 @@ def _judged(step: str, kind: str, found: dict[Variant, Measured], rate: float) -
             judged[f"{name} bf16 best mode, times as fast as the authors' fp32 eager"] = ratio(low, theirs)
         elif theirs.saved_bytes:
             judged[f"{kind}, kept for the backward pass over the authors'"] = eager.saved_bytes / theirs.saved_bytes
-    if compiled is not None:
+    if step == "infer" and compiled is not None:
         judged[f"{name} fp32 best mode, times as fast as the authors' compiled"] = ratio(best, compiled)
     if step == "infer":
         judged[f"{name} fp32, share of the best matrix product"] = best.gflops * best.rate(8) / rate
