@@ -11,9 +11,10 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from hornet_lit.network.block import MixerFactory
 from hornet_lit.network.filters import DepthwiseConv, GlobalLocalFilter
 from hornet_lit.network.gnconv import GnConv
-from hornet_lit.network.hornet import HorNet, MixerFactory
+from hornet_lit.network.hornet import HorNet
 
 ORDERS = (2, 3, 4, 5)
 OFFICIAL_DEPTHS = (2, 3, 18, 2)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hornet_lit.network import DepthwiseConv, GlobalLocalFilter, GnConv, HorNet, fused
-from hornet_lit.network.hornet import Block
+from hornet_lit.network.block import Block
 from hornet_lit.network.native.steps import Call, Steps
 
 needs_kernels = pytest.mark.skipif(not fused._built(), reason="no compiler, or neither AVX2 nor AVX-512")

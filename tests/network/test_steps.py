@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hornet_lit.network import GnConv, HorNet, fused
+from hornet_lit.network.block import Block, in_turn
 from hornet_lit.network.filters import DepthwiseConv, GlobalLocalFilter
-from hornet_lit.network.hornet import Block, _in_turn
 from hornet_lit.network.native.steps import Call, Steps
 from tests.network.conftest import (
     FORWARD,
@@ -87,7 +87,7 @@ def test_bit_for_bit_as_the_blocks_one_by_one(
     before = x_BCHW.clone()
     with torch.inference_mode(), context(kind):
         assert fused.may_take_turns(x_BCHW)
-        y_BCHW = _in_turn(stage, x_BCHW)
+        y_BCHW = in_turn(stage, x_BCHW)
         assert made == [3 * (5 if "mixer" in options else 4)], "not all of it ran in turn"
         assert torch.equal(y_BCHW, one_by_one(stage, x_BCHW))
     assert torch.equal(x_BCHW, before)
@@ -102,7 +102,7 @@ def test_a_stage_with_a_changed_block(name: str, place: int) -> None:
     stage, x_BCHW = stage_of(*blocks), maps(2, 20, 7, 5)
     torch.set_num_threads(2)
     with torch.no_grad():
-        y_BCHW = _in_turn(stage, x_BCHW)
+        y_BCHW = in_turn(stage, x_BCHW)
         assert torch.equal(y_BCHW, one_by_one(stage, x_BCHW))
         for i, block in enumerate(blocks):
             blocks[i] = block.double()  # never fused; in place, since hooks are not copied
@@ -192,7 +192,7 @@ def test_blocks_of_all_kinds_in_one_stage(seed: int, made: list[int]) -> None:
     stage = stage_of(*(small_block(24, mixer=kinds[k], size=(11, 7)) for k in order))
     torch.set_num_threads(2)
     with torch.no_grad():
-        y_BCHW = _in_turn(stage, maps(4, 24, 11, 7))
+        y_BCHW = in_turn(stage, maps(4, 24, 11, 7))
         assert len(made) == 1 and torch.equal(y_BCHW, one_by_one(stage, maps(4, 24, 11, 7)))
 
 
@@ -230,7 +230,7 @@ def test_a_filter_of_ones_own_gets_maps_that_are_there(made: list[int]) -> None:
     for mixer in mixers:
         stage, x_BCHW = stage_of(*(small_block(mixer=mixer) for _ in range(2))), maps(2, 20, 7, 5)
         with torch.no_grad():
-            y_BCHW = _in_turn(stage, x_BCHW)
+            y_BCHW = in_turn(stage, x_BCHW)
             assert_near(y_BCHW, one_by_one(copy.deepcopy(stage).double(), x_BCHW.double()))
     assert set(made) <= {0}
 
@@ -267,7 +267,7 @@ def test_what_a_subclass_does_otherwise_is_done(other: str) -> None:
     torch.set_num_threads(2)
     expected = block(x_BCHW)
     with torch.no_grad():
-        assert torch.equal(_in_turn(stage_of(block), x_BCHW), block(x_BCHW))
+        assert torch.equal(in_turn(stage_of(block), x_BCHW), block(x_BCHW))
         assert_near(block(x_BCHW), expected.double())
 
 

@@ -10,7 +10,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from hornet_lit.network.hornet import _normed_and_strided
+from hornet_lit.network.block import normed_and_strided
 from hornet_lit.network.layers import StridedConv
 from hornet_lit.network.pixelwise import norm_strided
 from tests.network.conftest import assert_near, maps, needs_kernels, shaken, small_network, with_gradients
@@ -46,7 +46,7 @@ def test_bfloat16(side: int, size: tuple[int, int, int], channels: int, mode: st
 
     def fused(x_BCHW: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=mode == "mixed"):
-            return _normed_and_strided(module, x_BCHW)
+            return normed_and_strided(module, x_BCHW)
 
     ours, exact = with_gradients(fused, module, x_BCHW), with_gradients(double, double, x_BCHW.double())
     assert ours[0].dtype == torch.bfloat16
@@ -95,8 +95,8 @@ def test_what_is_changed_computes_what_it_is(path: str, change: Callable[[nn.Mod
 def test_other_convolutions_are_left_to_the_library(options: dict[str, int]) -> None:
     side = 5 if options["stride"] == 5 else 2
     layers = nn.Sequential(LayerNorm2d(6), StridedConv(6, 8, side, **options))
-    assert _normed_and_strided(layers, maps(1, 6, 10, 10)) is None
-    assert _normed_and_strided(nn.Sequential(LayerNorm2d(6), nn.Conv2d(6, 8, 2, stride=2)), maps(1, 6, 8, 8)) is None
+    assert normed_and_strided(layers, maps(1, 6, 10, 10)) is None
+    assert normed_and_strided(nn.Sequential(LayerNorm2d(6), nn.Conv2d(6, 8, 2, stride=2)), maps(1, 6, 8, 8)) is None
 
 
 def test_layers_that_do_not_fit_are_errors_and_not_read() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from hornet_lit.network import DepthwiseConv, GlobalLocalFilter
-from hornet_lit.network.hornet import Block, _in_turn
+from hornet_lit.network.block import Block, in_turn
 from tests.network.conftest import GLOBAL, assert_near, global_mixer, maps, shaken, small_block, small_network
 
 
@@ -66,26 +66,26 @@ def block_and_map(options: dict) -> tuple[Block, torch.Tensor]:
     return block, maps(2, block.norm1.weight.shape[0], *options.get("size", (7, 5)))
 
 
-@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("name,options", CASES)
-def test_weights_of_a_type_of_their_own(name: str, options: dict, in_turn: bool) -> None:
+def test_weights_of_a_type_of_their_own(name: str, options: dict, turns: bool) -> None:
     block, x_BCHW = block_and_map(options)
     exact = copy.deepcopy(block).double()
     weight = block.get_parameter(name).detach()
     with_parameter(block, name, nn.Parameter(Halved(weight / 2), requires_grad=False))
     with torch.no_grad():
-        y_BCHW = _in_turn(nn.Sequential(block), x_BCHW) if in_turn else block(x_BCHW)
+        y_BCHW = in_turn(nn.Sequential(block), x_BCHW) if turns else block(x_BCHW)
         assert_near(y_BCHW, exact(x_BCHW.double()))
 
 
-@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("name,options", CASES)
-def test_weights_still_to_be_negated(name: str, options: dict, in_turn: bool) -> None:
+def test_weights_still_to_be_negated(name: str, options: dict, turns: bool) -> None:
     block, x_BCHW = block_and_map(options)
     exact = copy.deepcopy(block).double()
     with_parameter(block, name, nn.Parameter(negated(block.get_parameter(name).detach()), requires_grad=False))
     with torch.no_grad():
-        y_BCHW = _in_turn(nn.Sequential(block), x_BCHW) if in_turn else block(x_BCHW)
+        y_BCHW = in_turn(nn.Sequential(block), x_BCHW) if turns else block(x_BCHW)
         assert_near(y_BCHW, exact(x_BCHW.double()))
 
 
