@@ -16,9 +16,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hornet_lit.network.build import build_network
-from hornet_lit.network.layers import MULTIPLIES_BFLOAT16
 
 T = TypeVar("T")
 STEPS = ("infer", "train")
@@ -64,7 +64,8 @@ class Result:
     Attributes:
         times: of each turn.
         gflops: 10⁹ floating-point operations an image, of a whole step; a multiplication and an addition are two.
-        product_rate: 10⁹ operations a second of the best square matrix product in this type, the median of its turns.
+        product_rate: 10⁹ operations a second of the best square matrix product, the median of its turns.
+        product_type: "fp32" or "bf16", which that product multiplies: see `BestProduct`.
         peak_bytes: memory in tensors at the most, weights, gradients and optimizer state included.
         saved_bytes: kept an image from the forward for the backward pass, weights left out; None for inference.
     """
@@ -73,6 +74,7 @@ class Result:
     times: list[float]
     gflops: float
     product_rate: float
+    product_type: str
     peak_bytes: int
     saved_bytes: float | None
 
@@ -95,10 +97,17 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        vectors = torch.backends.cpu.get_cpu_capability() + (" and bf16" if MULTIPLIES_BFLOAT16 else "")
-        name = f"{platform.processor() or platform.machine()} with {vectors}"
+        vectors = torch.backends.cpu.get_cpu_capability()
+        name = f"{_processor()} with {vectors}" + (" and bf16" if torch.cpu._is_avx512_bf16_supported() else "")
     about = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
     return about | {"python": platform.python_version()}
+
+
+def _processor() -> str:
+    with suppress(OSError, StopIteration):  # Linux; elsewhere the platform may know
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 def measure(
@@ -122,19 +131,17 @@ def measure(
 
 
 def take_turns(runs: Sequence[Run], *, repeats: int, turn_done: Callable[[], None] = lambda: None) -> list[Result]:
-    """Measures warm runs of one device in turns, beside the matrix product in the precision of the first."""
-    device, precision = runs[0].device, runs[0].setting.precision
-    pairs = precision != "32" and (device.type != "cpu" or MULTIPLIES_BFLOAT16)  # else float32's is the machine's best
-    product = _best_product(device, torch.bfloat16 if pairs else torch.float32)
+    """Measures warm runs of one device and precision in turns, beside the machine's best matrix product for that."""
+    product = BestProduct(runs[0].device, runs[0].setting.precision)
     rates = []
     for _ in range(repeats):
         for run in runs:
             run.take_turn()
             turn_done()
-        rates.append(product())
+        rates.append(product.rate())
         turn_done()
     rate = statistics.median(rates)
-    return [run.result(product_rate=rate) for run in runs]
+    return [run.result(product_rate=rate, product_type=product.type) for run in runs]
 
 
 class Run:
@@ -193,12 +200,13 @@ class Run:
     def take_turn(self) -> None:
         self.times.append(timed(self.device, self.step))
 
-    def result(self, *, product_rate: float) -> Result:
+    def result(self, *, product_rate: float, product_type: str) -> Result:
         return Result(
             setting=self.setting,
             times=self.times,
             gflops=self.gflops,
             product_rate=product_rate,
+            product_type=product_type,
             peak_bytes=self.peak_bytes,
             saved_bytes=self.saved_bytes,
         )
@@ -252,27 +260,42 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _best_product(device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
-    """A function that times the fastest of some square matrix products once and gives its rate in 10⁹ a second.
+class BestProduct:
+    """The fastest of some square matrix products, for a precision.
 
     Each is tried as a matrix product and as a 1×1 convolution of a channels-last map: on CPUs the two come from
     different libraries, MKL and oneDNN, and which is faster depends on the processor. On CUDA torch lets convolutions
-    in float32 use TF32: this one as well as those of a network.
+    in float32 use TF32: this one as well as those of a network. For bfloat16 float32 is tried too: it is faster on
+    CPUs that do not multiply bfloat16.
+
+    Attributes:
+        type: "fp32" or "bf16".
+        rate: a function that times it once and gives its rate, in 10⁹ operations a second.
     """
 
-    def products(n: int) -> Iterator[Callable[[], Tensor]]:
-        a_NN, b_NN = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    def __init__(self, device: torch.device, precision: str) -> None:
+        self._device, sizes = device, PRODUCT_SIZES[device.type]
+        types = ("fp32",) if precision == "32" else ("bf16", "fp32")
+        # By the smallest: the large ones take seconds where bfloat16 is emulated.
+        self.type = max(types, key=lambda name: max(self._rates(name, sizes[:1]).values()))
+        found = self._rates(self.type, sizes)
+        self.rate = max(found, key=found.__getitem__)
+
+    def _rates(self, name: str, sizes: Sequence[int]) -> dict[Callable[[], float], float]:
+        candidates = [partial(self._rate, n, product) for n in sizes for product in self._products(name, n)]
+        for candidate in candidates:
+            candidate()
+        return {candidate: statistics.median(candidate() for _ in range(3)) for candidate in candidates}
+
+    def _rate(self, n: int, product: Callable[[], Tensor]) -> float:
+        return 2 * n**3 / timed(self._device, product) / 1e9
+
+    def _products(self, name: str, n: int) -> Iterator[Callable[[], Tensor]]:
+        dtype = torch.float32 if name == "fp32" else torch.bfloat16
+        a_NN, b_NN = (torch.randn(n, n, device=self._device, dtype=dtype) for _ in range(2))
         x_BCHW = a_NN[None, :, :, None].contiguous(memory_format=torch.channels_last)
         yield lambda: a_NN @ b_NN
         yield lambda: F.conv2d(x_BCHW, b_NN[:, :, None, None])
-
-    def rate(n: int, product: Callable[[], Tensor]) -> float:
-        return 2 * n**3 / timed(device, product) / 1e9
-
-    candidates = [partial(rate, n, product) for n in PRODUCT_SIZES[device.type] for product in products(n)]
-    for candidate in candidates:
-        candidate()
-    return max(candidates, key=lambda candidate: statistics.median(candidate() for _ in range(3)))
 
 
 def held_bytes(forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
@@ -298,9 +321,14 @@ def _saved_bytes(run: Run) -> float:
     return (torch.cuda.memory_allocated(run.device) - before - logits_BK.nbytes) / run.setting.batch
 
 
-def _peak_bytes(run: Run) -> int:
+def resident_bytes(run: Run) -> int:
+    """Bytes of weights, buffers and optimizer state, which do not grow with the images."""
     states = [value for state in run.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    held = sum(t.nbytes for t in (*run.network.parameters(), *run.network.buffers(), *states, run.x_BCHW))
+    return sum(t.nbytes for t in (*run.network.parameters(), *run.network.buffers(), *states))
+
+
+def _peak_bytes(run: Run) -> int:
+    held = resident_bytes(run) + run.x_BCHW.nbytes
     if run.device.type == "cuda":
         of_others = torch.cuda.memory_allocated(run.device) - held
         torch.cuda.reset_peak_memory_stats(run.device)

@@ -146,8 +146,8 @@ def table(results: Sequence[Result], *, machine: dict[str, object]) -> str:
     layout = "channels-last" if s.channels_last else "contiguous"
     rates = statistics.median(result.product_rate for result in results)
     notes = f"{s.precision}, {layout}, compile {s.compile}, medians of {machine['repeats']} turns; "
-    notes += f"best matrix product {rates:.0f} GFLOP/s; {machine['device']}, {machine['threads']} threads, "
-    notes += f"torch {machine['torch']}"
+    notes += f"best matrix product {rates:.0f} GFLOP/s in {results[0].product_type}; "
+    notes += f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
     return "\n".join([*(line.rstrip() for line in lines), notes])
 
 

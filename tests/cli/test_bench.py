@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from hornet_lit import bench
-from hornet_lit.bench import PRODUCT_SIZES, Setting, measure
+from hornet_lit.bench import PRODUCT_SIZES, BestProduct, Setting, measure
 from hornet_lit.cli_errors import MAX_LINES
 
 from .conftest import Run
@@ -37,7 +38,7 @@ def test_a_sweep_of_two_networks(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
         assert 3.5 < infer["gflops"] / found[network, "infer", 32]["gflops"] < 4.5
         assert train["saved_bytes"] > 3.5 * found[network, "train", 32]["saved_bytes"] > 0
         assert train["peak_bytes"] > infer["peak_bytes"] and infer["saved_bytes"] is None
-    assert "hornet_pico_32" in result.out and "of product" in result.out and "saved MiB/img" in result.out
+    assert "hornet_pico_32" in result.out and "GFLOP/s in fp32" in result.out and "saved MiB/img" in result.out
     assert Image.open("out/bench.png").width > 500
 
 
@@ -54,27 +55,30 @@ def test_operations_are_those_of_the_paper() -> None:
     assert gf.gflops / 2 == pytest.approx(3.9, abs=0.05)
 
 
-@pytest.mark.parametrize("multiplies", [False, True])
+@pytest.mark.parametrize(
+    ("faster", "precision", "told"), [(2.0, "bf16", "bf16"), (0.5, "bf16", "fp32"), (2.0, "32", "fp32")]
+)
 def test_the_product_is_in_the_type_that_the_processor_multiplies(
-    multiplies: bool, monkeypatch: pytest.MonkeyPatch
+    faster: float, precision: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
-    types: list[torch.dtype] = []
-    monkeypatch.setattr(bench, "MULTIPLIES_BFLOAT16", multiplies)
-    monkeypatch.setattr(bench, "_best_product", lambda device, dtype: lambda: types.append(dtype) or 1.0)
-    for precision in ("32", "bf16-mixed"):
-        setting = Setting(
-            network="hornet_femto_32",
-            step="infer",
-            size=32,
-            batch=1,
-            precision=precision,
-            channels_last=True,
-            compile="none",
-        )
-        measure([setting], device=torch.device("cpu"), repeats=1)
-    assert types == [torch.float32, torch.bfloat16 if multiplies else torch.float32]
+    def seconds(device: torch.device, product: Callable[[], torch.Tensor]) -> float:
+        return 1.0 / (faster if product().dtype == torch.bfloat16 else 1.0)
+
+    monkeypatch.setattr(bench, "timed", seconds)
+    monkeypatch.setitem(PRODUCT_SIZES, "cpu", (8, 16))
+    product = BestProduct(torch.device("cpu"), precision)
+    assert product.type == told
+    assert product.rate() == 2 * 16**3 / 1e9 * (faster if told == "bf16" else 1.0)
+
+
+def test_what_the_figures_hold_for() -> None:
+    import torch
+
+    about = bench.machine(torch.device("cpu"))
+    assert torch.backends.cpu.get_cpu_capability() in about["device"] and about["torch"] == torch.__version__
+    assert about["threads"] == torch.get_num_threads()
 
 
 @pytest.mark.parametrize(
