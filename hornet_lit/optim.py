@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -88,16 +87,22 @@ class _Muon(Muon):
     """timm's, with matrices on a CPU made orthogonal in float32 in place of bfloat16, which most CPUs multiply many
     times more slowly (BENCHMARKS.md, Trainings)."""
 
-    def step(self, closure: Any = None) -> Any:
-        on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
-        with _orthogonal_in_float32() if on_cpu else nullcontext():
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        with _orthogonal_in_float32_on_cpus():
             return super().step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # timm's is: else torch would call a step's hooks here as well
 
 
 @contextmanager
-def _orthogonal_in_float32() -> Iterator[None]:
+def _orthogonal_in_float32_on_cpus() -> Iterator[None]:
     own = muon.zeropower_via_newtonschulz
-    muon.zeropower_via_newtonschulz = partial(own, dtype=torch.float32)
+
+    def by_device(matrix: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Asked here, so that it does no harm to another thread's optimizer on a GPU.
+        return own(matrix, *args, **({"dtype": torch.float32} if matrix.device.type == "cpu" else {}) | kwargs)
+
+    muon.zeropower_via_newtonschulz = by_device
     try:
         yield
     finally:

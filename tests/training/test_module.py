@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from timm.optim import muon
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -162,6 +163,7 @@ class TypesOfProducts(TorchDispatchMode):
 
 def test_muon_steps_orthogonally_where_there_is_a_matrix_and_as_adamw_elsewhere() -> None:
     torch.manual_seed(0)
+    timms = muon.zeropower_via_newtonschulz
     network = build_network("hornet_femto_32", num_classes=10, in_chans=3, img_size=32, options=None)
     optimizer = build_optimizer(network, optimizer="muon", lr=0.1, weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
@@ -170,6 +172,9 @@ def test_muon_steps_orthogonally_where_there_is_a_matrix_and_as_adamw_elsewhere(
     with TypesOfProducts() as seen:
         optimizer.step()
     assert seen.types == {torch.float32}, "most CPUs multiply bfloat16 many times more slowly"
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    assert muon.zeropower_via_newtonschulz is timms, "timm's function stays replaced"
     steps = {name: (p.detach() - before[name]) / 0.1 for name, p in network.named_parameters()}
     for name in ("stages.1.0.gnconv.proj_in.weight", "stages.2.1.pwconv2.weight", "downsample_layers.1.1.weight"):
         singular = torch.linalg.svdvals(steps[name].flatten(1)) / (0.2 * max(steps[name].flatten(1).shape) ** 0.5)
@@ -178,6 +183,20 @@ def test_muon_steps_orthogonally_where_there_is_a_matrix_and_as_adamw_elsewhere(
         torch.testing.assert_close(steps[name].abs(), torch.ones_like(steps[name]), atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match="optimizer must be one of adamw, muon, got 'sgd'"):
         build_optimizer(network, optimizer="sgd", lr=0.1, weight_decay=0.0)
+
+
+def test_a_step_of_muon_calls_its_hooks_once_after_loading_too() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    optimizer = build_optimizer(torch.nn.ParameterList([weight]), optimizer="muon", lr=0.1, weight_decay=0.0)
+    calls: list[str] = []
+    optimizer.register_step_post_hook(lambda *_: calls.append("step"))
+    for loads in (False, True):
+        if loads:
+            optimizer.load_state_dict(optimizer.state_dict())
+        calls.clear()
+        weight.grad = torch.randn(4, 4)
+        optimizer.step()
+        assert calls == ["step"]
 
 
 def test_muon_resumes_where_it_was(tmp_path) -> None:
