@@ -129,7 +129,11 @@ def normed_and_strided(layers: nn.Module, x_BCHW: torch.Tensor) -> torch.Tensor 
     if type(norm) is not LayerNorm2d or type(conv) is not StridedConv:
         return None
     x_BCHW = promoted(x_BCHW, norm.weight)
-    return norm_strided(x_BCHW, norm, conv) if usable(x_BCHW, norm, conv, scale_C=None) else None
+    if not usable(x_BCHW, norm, conv, scale_C=None):
+        return None
+    if min(x_BCHW.shape[2:]) < conv.kernel_size[0]:  # no patch: the library's own error is the clearest
+        return None
+    return norm_strided(x_BCHW, norm, conv)
 
 
 def in_turn(stage: nn.Sequential, x_BCHW: torch.Tensor) -> torch.Tensor:

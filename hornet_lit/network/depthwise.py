@@ -1,8 +1,8 @@
 """Depth-wise convolution with a weight gradient of our own.
 
 The library's weight gradient of a depth-wise 7×7 convolution takes many times its forward and so dominates training on
-CPUs (BENCHMARKS.md). Ours is C++ there; so are, in float32, forward and input gradient, which are as fast as the
-library's but leave an image where the operations beside them want it. On CUDA there are Triton kernels for all three,
+CPUs (BENCHMARKS.md). Ours is C++ there; so are forward and input gradient, which leave an image where the operations
+beside them want it. On CUDA there are Triton kernels for all three,
 which run only where `$HORNET_LIT_TRITON` asks for them: they have not been measured on a GPU yet.
 
 Shapes: B batch, C channels, H height, W width, K kernel size, S shares of the batch.

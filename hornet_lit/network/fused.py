@@ -53,7 +53,7 @@ def usable(
     if scale_C is not None and scale_C.numel() != x_BCHW.shape[1]:
         return False
     autocast, dtype = torch.is_autocast_enabled("cpu"), x_BCHW.dtype
-    if dtype not in (torch.float32, torch.bfloat16) or not _built():
+    if dtype not in (torch.float32, torch.bfloat16) or not _built(autocast or dtype == torch.bfloat16):
         return False
     if autocast and (dtype != torch.float32 or torch.get_autocast_dtype("cpu") != torch.bfloat16):
         return False
@@ -108,8 +108,10 @@ def _patchwise(conv: nn.Conv2d) -> bool:
     return beside and side <= MAX_SIDE and conv.groups == 1
 
 
-def _built() -> bool:
-    return native.offers("pixelwise", "mlp_forward_f32") and native.offers("pixelwise_bf16", "mlp_forward_bf16")
+def _built(low: bool) -> bool:
+    """Low: also the kernels for bfloat16, without which those for float32 can do."""
+    both = not low or native.offers("pixelwise_bf16", "mlp_forward_bf16")
+    return both and native.offers("pixelwise", "mlp_forward_f32")
 
 
 def typed_call(name: str, like: Sequence[torch.Tensor], arguments: ctypes.Structure, *tensors: Any) -> Call:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
-# Whether the library has products of bfloat16 for this CPU.
+# Whether the library has products of bfloat16 for this CPU: also by AVX-512 without instructions for them.
 MULTIPLIES_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -67,14 +67,16 @@ class ChannelLinear(nn.Linear):
 class StridedConv(nn.Conv2d):
     """`nn.Conv2d` for the stem and between stages.
 
-    In bfloat16 on a CPU that does not multiply it, the library takes seven times as long as in float32 (BENCHMARKS.md,
-    Speed): there it is computed in float32, and its output alone is rounded.
+    In bfloat16 on a CPU for which the library has no products of it, that takes a multiple of float32's time
+    (BENCHMARKS.md, Speed): there it is computed in float32, and its output alone is rounded.
     """
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         autocast = torch.is_autocast_enabled("cpu") and x_BCHW.dtype != torch.float64
         dtype = torch.get_autocast_dtype("cpu") if autocast else x_BCHW.dtype
         if dtype != torch.bfloat16 or x_BCHW.device.type != "cpu" or exporting() or MULTIPLIES_BFLOAT16:
+            return super().forward(x_BCHW)
+        if not autocast and self.weight.dtype != dtype:  # the library's own error is the clearest
             return super().forward(x_BCHW)
         bias = None if self.bias is None else self.bias.float()
         with torch.autocast("cpu", enabled=False):

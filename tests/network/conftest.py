@@ -15,7 +15,7 @@ from hornet_lit.network import DepthwiseConv, GlobalLocalFilter, GnConv, HorNet,
 from hornet_lit.network.block import Block
 from hornet_lit.network.native.steps import Call, Steps
 
-needs_kernels = pytest.mark.skipif(not fused._built(), reason="no compiler, or neither AVX2 nor AVX-512")
+needs_kernels = pytest.mark.skipif(not fused._built(True), reason="no compiler, or neither AVX2 nor AVX-512")
 FORWARD = ["linear_forward_f32", "gates_forward_f32", "mlp_forward_f32"]
 M = TypeVar("M", bound=nn.Module)
 

@@ -105,12 +105,19 @@ def test_convolutions_between_stages_on_cpus_without_bfloat16(mixed: bool, monke
     monkeypatch.setattr(layers, "MULTIPLIES_BFLOAT16", False)
     dtype = torch.float32 if mixed else torch.bfloat16
     conv, x_BCHW = StridedConv(6, 12, 2, stride=2).to(dtype), images(0, 3, 6, 8, 8).to(dtype)
+    types, own = [], StridedConv._conv_forward
+    monkeypatch.setattr(
+        StridedConv, "_conv_forward", lambda self, x, *others: types.append(x.dtype) or own(self, x, *others)
+    )
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         y_BCHW = conv(x_BCHW)
     exact_BCHW = F.conv2d(x_BCHW.float(), conv.weight.float(), conv.bias.float(), stride=2)
-    assert torch.equal(y_BCHW, exact_BCHW.bfloat16())
+    assert torch.equal(y_BCHW, exact_BCHW.bfloat16()) and types == [torch.float32]
     y_BCHW.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == dtype for p in conv.parameters())
+    if not mixed:
+        with pytest.raises(RuntimeError, match="type"):
+            conv.float()(x_BCHW)
 
 
 @pytest.mark.parametrize("name", ["hornet_pico_32", "hornet_nano_gf_32"])
@@ -126,7 +133,7 @@ def test_layout_changes_nothing_and_stays_channels_last_inside(name: str, layout
 @pytest.mark.parametrize("by_kernels", [False, True])
 def test_keeping_less_gives_the_same_gradients(name: str, by_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not by_kernels:
-        monkeypatch.setattr(fused, "_built", lambda: False)
+        monkeypatch.setattr(fused, "_built", lambda low: False)
     network, x_BCHW = small(name, drop_path_rate=0.5).train(), images(0, 2, 3, 32, 32)
     kept, grads = [], []
     for recompute, checkpointed in ((False, False), (True, False), (True, [0, 1]), (True, True)):
@@ -141,7 +148,7 @@ def test_keeping_less_gives_the_same_gradients(name: str, by_kernels: bool, monk
     for others in grads[1:]:
         for a, b in zip(grads[0], others, strict=True):
             torch.testing.assert_close(a, b)
-    assert kept[1] <= (1 if fused._built() else 0.75) * kept[0] and kept[1] > kept[2] > kept[3], kept
+    assert kept[1] <= (1 if fused._built(False) else 0.75) * kept[0] and kept[1] > kept[2] > kept[3], kept
 
 
 def test_what_a_hook_keeps_is_not_overwritten() -> None:

@@ -21,7 +21,7 @@ UPDATE_MS = 1e3 * 28 * P / (0.8 * 3.35e12)
 
 @pytest.mark.parametrize("name", ["hornet_large_7x7", "hornet_large_gf"])
 def test_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_built", lambda: False)  # GPUs have no fused operations
+    monkeypatch.setattr(fused, "_built", lambda low: False)  # GPUs have no fused operations
     with torch.device("meta"):
         network = build_network(name, num_classes=10_459, in_chans=3, img_size=224, drop_path_rate=0.2, options=None)
     network.train()

@@ -99,6 +99,14 @@ def test_other_convolutions_are_left_to_the_library(options: dict[str, int]) -> 
     assert normed_and_strided(nn.Sequential(LayerNorm2d(6), nn.Conv2d(6, 8, 2, stride=2)), maps(1, 6, 8, 8)) is None
 
 
+def test_a_map_smaller_than_a_patch_is_the_librarys_error() -> None:
+    layers = nn.Sequential(LayerNorm2d(6, eps=1e-6), StridedConv(6, 12, 2, stride=2))
+    x_BCHW = maps(2, 6, 1, 4)
+    assert normed_and_strided(layers, x_BCHW) is None
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        layers(x_BCHW)
+
+
 def test_layers_that_do_not_fit_are_errors_and_not_read() -> None:
     with pytest.raises(ValueError, match="a convolution of 5 channels belongs here"):
         norm_strided(maps(1, 5, 4, 4), LayerNorm2d(5), StridedConv(6, 8, 2, stride=2))

@@ -73,14 +73,16 @@ __attribute__((noinline)) void convolve_group(const Convolution<T>& a, const T* 
     const int64_t top = band * kBand, rows = H - top < kBand ? H - top : kBand;
     const int64_t first = group * kGroup * kLanes, count = vectors(C - first);
     const int64_t members = count < kGroup ? count : kGroup;
-    for (int64_t r = 0; r < rows + K - 1; ++r) {
-        const int64_t h = top + r - P;
+    // Of the rows of which `convolve` makes these, those that the map has.
+    const int64_t begin = top < P ? 0 : top - P, end = top + rows + P < H ? top + rows + P : H;
+    for (int64_t h = begin; h < end; ++h) {
+        const int64_t r = h - top + P;
         for (int64_t column = 0; column < W; ++column)
             for (int64_t m = 0; m < members; ++m) {
                 const int64_t c = first + m * kLanes;
                 Vec& to = packed[(m * height + r) * width + column + P];
                 __builtin_prefetch(a.x + ((b * H + h) * W + column + 8) * C + c);
-                to = h < 0 || h >= H ? Vec{} : load(a.x + ((b * H + h) * W + column) * C + c, C - c);
+                to = load(a.x + ((b * H + h) * W + column) * C + c, C - c);
             }
     }
     for (int64_t m = 0; m < members; ++m) {

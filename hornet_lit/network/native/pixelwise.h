@@ -188,7 +188,7 @@ void gates_backward(const Gates<X, typename Dot::Element>& a, int64_t M, int64_t
         const int64_t out = k < last ? 2 * width : a.C, in = k < last ? width : a.C;
         sums.add(out, k < last ? whole<Dot>(in) : in, a.dw[k]);
         turned[k] = turned_weight<Dot>(a.w[k], out, in, T);
-        if (k < last) w.add(a.w[k], out, in);
+        if (k < last) w.add(a.w[k], out, in, T);
     }
     const int64_t biases = 3 * a.C - 2 * a.first, normed = a.normed();
     sums.elements = biases + 2 * normed, sums.vectors_to = a.dvectors;
@@ -264,16 +264,18 @@ int64_t scratch(const Mlp<X, Element>& a) { return 2 * a.C + a.N; }
 template <class X, class Element>
 int64_t scratch(const Gates<X, Element>& a) { return a.first + a.filtered() + a.C; }
 
-// Adds what the products of a forward kernel take.
+// Adds what the products of a forward kernel take, by T threads.
 template <class Dot, class X, class Element>
-void add_factors(const Linear<X, Element>& a, Factors<Dot>& w) { w.add(a.w, a.N, a.in()); }
+void add_factors(const Linear<X, Element>& a, int64_t T, Factors<Dot>& w) { w.add(a.w, a.N, a.in(), T); }
 template <class Dot, class X, class Element>
-void add_factors(const Mlp<X, Element>& a, Factors<Dot>& w) { w.add(a.w1, a.N, a.C), w.add(a.w2, a.C, a.N); }
+void add_factors(const Mlp<X, Element>& a, int64_t T, Factors<Dot>& w) {
+    w.add(a.w1, a.N, a.C, T), w.add(a.w2, a.C, a.N, T);
+}
 template <class Dot, class X, class Element>
-void add_factors(const Gates<X, Element>& a, Factors<Dot>& w) {
+void add_factors(const Gates<X, Element>& a, int64_t T, Factors<Dot>& w) {
     const int64_t last = a.order - 1;
-    for (int64_t k = 0; k < last; ++k) w.add(a.w[k], a.first << (k + 1), a.first << k);
-    w.add(a.w[last], a.C, a.C);
+    for (int64_t k = 0; k < last; ++k) w.add(a.w[k], a.first << (k + 1), a.first << k, T);
+    w.add(a.w[last], a.C, a.C, T);
 }
 
 }  // namespace
@@ -283,13 +285,13 @@ void add_factors(const Gates<X, Element>& a, Factors<Dot>& w) {
     void name##_forward_##type(const void* p, int64_t M, int64_t T) {                                    \
         const auto& a = *static_cast<const Kind<X, Dot::Element>*>(p);                                   \
         Factors<Dot> w;                                                                                  \
-        add_factors(a, w);                                                                               \
+        add_factors(a, T, w);                                                                            \
         for_tiles(M, T, scratch(a), name##_run<X, Dot>(a, w, M, M));                                     \
     }                                                                                                    \
     void name##_forward_##type##_part(const void* p, int64_t first, int64_t last) {                      \
         const auto& a = *static_cast<const Kind<X, Dot::Element>*>(p);                                   \
         Factors<Dot> w;                                                                                  \
-        add_factors(a, w);                                                                               \
+        add_factors(a, 1, w);                                                                            \
         Vec* room = allocated(scratch(a) * kMaxV);                                                       \
         over_tiles(first, last, room, name##_run<X, Dot>(a, w, last, last - first));                     \
         std::free(room);                                                                                 \

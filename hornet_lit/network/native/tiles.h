@@ -158,12 +158,13 @@ class Factors {
     int count_ = 0;
 
   public:
-    void add(const typename Dot::Element* w, int64_t N, int64_t K) {
+    void add(const typename Dot::Element* w, int64_t N, int64_t K, int64_t threads) {
         if constexpr (kCopied) {
             const int64_t size = N * whole<Dot>(K);
             float* to = reinterpret_cast<float*>(allocated(vectors(size)));
+#pragma omp parallel for num_threads(threads) schedule(static)
             for (int64_t i = 0; i < size; i += kLanes) store(load(w + i, size - i), to + i, kLanes);
-            w = nullptr, w_[count_++] = to;
+            w_[count_++] = to;
         } else {
             w_[count_++] = w;
         }
@@ -213,8 +214,8 @@ __attribute__((noinline)) void accumulate(Vec (&to)[R][V], const typename Dot::F
         for (int j = 0; j < V; ++j) to[i][j] = sums[i][j];
 }
 
-// Shares N rows among strips of kR, of kFewer and of one row, run(R, n): of one only if all else leaves some over, since
-// its few sums wait for each other.
+// Shares N rows among strips of kR, of kFewer and of one row, run(R, n): few of one, since its few sums wait for each
+// other, and none where N is a multiple of kFewer.
 template <class Run>
 inline __attribute__((always_inline)) void in_strips(int64_t N, Run run) {
     int64_t full = N / kR, n = 0;
