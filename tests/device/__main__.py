@@ -18,10 +18,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from tests.device.process import run_apart
-from tests.device.report import Job, markdown_table, read, summary
+from tests.device.report import Job, conclude, parser, read
 
 # Name → what it gets of the time that is left when its turn comes; the last takes it all. `speed` has rows with the
 # kernels that `kernels` found faster.
@@ -47,42 +46,15 @@ def main(words: Sequence[str]) -> int:
         seconds = job.left() * (1.0 if part == chosen[-1] else PARTS[part])
         run_apart(part, replace(job, deadline=time.time() + seconds - TO_END), seconds)
         read(part, job.output).show()
-    rows = [row for part in chosen for row in _judged(part, job)]
-    table = markdown_table(rows)
-    reports = [read(part, job.output).markdown() for part in chosen]
-    (job.output / "summary.md").write_text("\n".join([*reports, table]) + "\n", encoding="utf-8")
-    print(f"\n## bars\n\n{table}\n\n{time.time() - started:.0f} s, {job.output}")
-    if options.small:
-        print("--small: no figure above means anything")
-        return 0
-    return int(any(row[""] == "NOT MET" for row in rows))
+    print(f"\n{time.time() - started:.0f} s")
+    bars = [bar for part in chosen for bar in importlib.import_module(f"tests.device.{part}").bars()]
+    return conclude([read(part, job.output) for part in chosen], bars, job)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tests.device", description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", type=_part, metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--authors", type=_existing, help="the authors' hornet.py")
-    parser.add_argument("--images", type=_existing, help="CIFAR-10: folder or tar file")
-    parser.add_argument("--output", type=Path, required=True, help="folder for what is found")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for all of it (9.5)")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to try it on a CPU")
-    return parser
-
-
-def _part(word: str) -> str:
-    if word not in PARTS:
-        raise argparse.ArgumentTypeError(f"no part named {word}: there are {', '.join(PARTS)}")
-    return word
-
-
-def _existing(word: str) -> Path:
-    if not (path := Path(word)).exists():
-        raise argparse.ArgumentTypeError(f"{word} does not exist")
-    return path
-
-
-def _judged(part: str, job: Job) -> list[dict[str, object]]:
-    return summary(importlib.import_module(f"tests.device.{part}").bars(), read(part, job.output).found)
+    found = parser("python -m tests.device", __doc__.splitlines()[0], [*PARTS], images="CIFAR-10: folder or tar file")
+    found.add_argument("--minutes", type=float, default=9.5, help="for all of it (9.5)")
+    return found
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def run(job: Job) -> Report:
     report = Report(part="kernels", machine=machine(device))
     timer = Timer(device, turns=2 if job.small else TURNS, inner=1 if job.small else 5)
     batch = 1 if job.small else 256  # as in `speed`: at small ones the host's time for a call is what counts
-    for table in (_global, _triton, _depthwise, _dense):  # the first two decide what `speed` measures
+    for table in (_global, _triton, depthwise_table, _dense):  # the first two decide what `speed` measures
         torch.manual_seed(0)
         try:
             table(report, timer, batch)
@@ -81,7 +81,8 @@ def _gradient(output: Tensor, wanted: tuple[Tensor, ...], grad: Tensor) -> Calla
     return lambda: torch.autograd.grad(output, wanted, grad, retain_graph=True)
 
 
-def _depthwise(report: Report, timer: Timer, batch: int) -> None:
+def depthwise_table(report: Report, timer: Timer, batch: int) -> None:
+    """In all layouts and types; judges the weight gradient."""
     rows, ratios = [], {}
     for name, dtype in DTYPES.items():
         for c, side in DEPTHWISE:

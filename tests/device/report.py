@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ class Job:
     Attributes:
         output: folder of its files.
         authors: the authors' hornet.py; None leaves the rows against it out.
-        images: CIFAR-10, a folder or tar file; None leaves the training on it out.
+        images: what the script reads; None leaves what needs it out.
         small: tiny sizes, to try the script on a CPU. Nothing that it measures then means anything.
         deadline: of `time.time()`.
     """
@@ -54,13 +55,15 @@ class Bar:
 
 @dataclass(kw_only=True)
 class Report:
-    """Of one part: all rows of a table have the same keys, and `found` has a value for each bar that was measured."""
+    """Of one part: all rows of a table have the same keys, `found` has a value for each bar that was measured, and
+    `times` what medians were taken of, if it says."""
 
     part: str
     machine: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     found: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    times: dict[str, list[float]] = field(default_factory=dict)
 
     def save(self, output: Path) -> None:
         """Replaces the part's file, which is whole at any moment."""
@@ -103,3 +106,38 @@ def summary(bars: Sequence[Bar], found: dict[str, float]) -> list[dict[str, Any]
         {"bar": bar.name, "wanted": bar.limit, "found": value, "": words[bar.met(value)]}
         for bar, value in zip(bars, values, strict=True)
     ]
+
+
+def conclude(reports: Sequence[Report], bars: Sequence[Bar], job: Job) -> int:
+    """Prints the bars, leaves them and all tables in summary.md, and gives the exit code: 1 where a bar is missed."""
+    rows = summary(bars, {name: value for report in reports for name, value in report.found.items()})
+    table = markdown_table(rows)
+    blocks = [*(report.markdown() for report in reports), f"## bars\n\n{table}\n"]
+    (job.output / "summary.md").write_text("\n".join(blocks), encoding="utf-8")
+    print(f"\n## bars\n\n{table}\n\n{job.output}")
+    if job.small:
+        print("--small: no figure above means anything")
+        return 0
+    return int(any(row[""] == "NOT MET" for row in rows))
+
+
+def parser(prog: str, description: str, parts: Sequence[str], *, images: str) -> argparse.ArgumentParser:
+    """What both scripts are asked for."""
+
+    def part(word: str) -> str:
+        if word not in parts:
+            raise argparse.ArgumentTypeError(f"no part named {word}: there are {', '.join(parts)}")
+        return word
+
+    def existing(word: str) -> Path:
+        if not (path := Path(word)).exists():
+            raise argparse.ArgumentTypeError(f"{word} does not exist")
+        return path
+
+    found = argparse.ArgumentParser(prog=prog, description=description)
+    found.add_argument("parts", nargs="*", type=part, metavar="PART", help=f"of {', '.join(parts)}; default: all")
+    found.add_argument("--authors", type=existing, help="the authors' hornet.py")
+    found.add_argument("--images", type=existing, help=images)
+    found.add_argument("--output", type=Path, required=True, help="folder for what is found")
+    found.add_argument("--small", action="store_true", help="tiny sizes, to try it")
+    return found

@@ -1,5 +1,4 @@
-"""What needs no rivals in processes of their own: the depth-wise weight gradient, cost per pixel of larger images, the
-input, start-up."""
+"""What needs no rival networks: the depth-wise weight gradient, cost per pixel of larger images, input, start-up."""
 
 from __future__ import annotations
 
@@ -8,111 +7,128 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from hornet_lit.bench import Run, Setting, machine
+from hornet_lit.bench import STEPS, Setting
 from tests.data import throughput
 from tests.device import kernels
 from tests.device.report import Bar, Job, Report
-from tests.processor.speed import OURS, SMALL_OURS, STEPS, TURNS
+from tests.processor.speed import OURS, SMALL_OURS, SMALL_TURNS, TOLD
+from tests.processor.turns import Measured, Variant, take_turns
 
-SIZES = (224, 384, 512, 768)
+SIZES, SMALL_SIZES = (224, 384, 512, 768), (32, 48)
+MEASURES: dict[str, Callable[[Measured], float]] = {
+    "time": lambda measured: statistics.median(measured.times),
+    "memory": lambda measured: measured.peak_bytes - measured.resident_bytes,
+}
+GRADIENT_TURNS, GROWTH_TURNS, INPUT_TURNS, START_TURNS = 11, 7, 7, 7
 CHEAP = ("--version", "--help", "recipes")
 IMPORTS = "import torch, lightning.pytorch, timm"
-GRADIENT = "depth-wise 7×7 weight gradient over its forward, most of the four shapes"
-INPUT = "input, images/s per core, times timm's create_transform"
-FIT = "fit on the digits, command to first step, over the bare imports"
+INPUT = {  # bar → its two sides, of `throughput.jpeg_sides`
+    "input, what a loader process does, times timm's create_transform": (
+        "hornet-lit, uint8",
+        "timm, create_transform to the end",
+    ),
+    "input, equal work on one core, times timm's create_transform": (
+        "hornet-lit, normalised and erased on the same core",
+        "timm, create_transform to the end",
+    ),
+}
+FIT = "fit on the digits, command to its end after one step, over the bare imports"
 
 
 def bars() -> list[Bar]:
-    found = [Bar(name=f"{GRADIENT}, {dtype}", at_most=4.0) for dtype in kernels.DTYPES]
+    found = kernels.bars()
     for kind in OURS:
-        for step in STEPS.values():
+        for step in TOLD.values():
             found += [Bar(name=f"{kind}, {step}, most {what} per pixel over 224²", at_most=1.15) for what in MEASURES]
-    found.append(Bar(name=INPUT, at_least=1.5))
+    found += [Bar(name=name, at_least=1.5) for name in INPUT]
     found += [Bar(name=f"hornet-lit {words}, seconds", at_most=0.3) for words in CHEAP]
     return [*found, Bar(name=FIT, at_most=1.3)]
 
 
-MEASURES = ("time", "memory")
-
-
-def run(job: Job) -> Report:
-    report = Report(part="rest", machine=machine(torch.device("cpu")))
-    for part in (_gradient, _growth, _input, _start):
-        part(job, report)
-        report.save(job.output)
-    return report
+def sections(job: Job, report: Report) -> Sequence[Callable[[], None]]:
+    """What is measured, one call after another; each adds to the report."""
+    kinds = SMALL_OURS if job.small else OURS
+    growth = [partial(_growth, kind, network, step, job, report) for kind, network in kinds.items() for step in STEPS]
+    return [partial(_gradient, job, report), *growth, partial(_input, job, report), partial(_start, job, report)]
 
 
 def _gradient(job: Job, report: Report) -> None:
-    timer = kernels.Timer(torch.device("cpu"), turns=2 if job.small else 11, inner=1)
+    turns = SMALL_TURNS if job.small else GRADIENT_TURNS
     inner = Report(part="")
-    kernels._depthwise(inner, timer, 1 if job.small else 8)
-    report.tables |= inner.tables
-    report.found |= {f"{GRADIENT}, {dtype}": inner.found[f"{kernels.GRADIENT}, {dtype}"] for dtype in kernels.DTYPES}
+    kernels.depthwise_table(inner, kernels.Timer(torch.device("cpu"), turns=turns, inner=1), 1 if job.small else 8)
+    report.tables |= {f"{title}, medians of {turns} turns and their ratio": t for title, t in inner.tables.items()}
+    report.found |= inner.found
 
 
-def _growth(job: Job, report: Report) -> None:
-    """Batch 8, all sizes of a network in turns in one process."""
-    rows = report.tables.setdefault("per pixel, against the smallest size (medians; most tensor memory)", [])
-    sizes = (32, 48) if job.small else SIZES
-    for kind, network in (SMALL_OURS if job.small else OURS).items():
-        for step, told in STEPS.items():
-            first = Setting(
-                network=network, step=step, size=sizes[0], batch=8, precision="32", channels_last=True, compile="none"
-            )
-            runs = {size: Run(replace(first, size=size), torch.device("cpu")) for size in sizes}
-            for each in runs.values():
-                each.warm_up()
-            for _ in range(2 if job.small else TURNS - 2):
-                for each in runs.values():
-                    each.take_turn()
-            time_per, memory_per = (
-                {size: value / size**2 for size, value in values.items()}
-                for values in (
-                    {size: statistics.median(each.times) for size, each in runs.items()},
-                    {size: each.peak_bytes - _weights(each) for size, each in runs.items()},
-                )
-            )
-            for what, per in zip(MEASURES, (time_per, memory_per), strict=True):
-                grown = {f"{size}²": per[size] / per[sizes[0]] for size in sizes[1:]}
-                rows.append({"network": network, "step": told, "of": what, **grown})
-                report.found[f"{kind}, {told}, most {what} per pixel over 224²"] = max(grown.values())
-
-
-def _weights(run: Run) -> int:
-    """Bytes that do not grow with the image: weights, and in training their gradients and AdamW's moments."""
-    return sum(p.nbytes for p in run.network.parameters()) * (4 if run.setting.step == "train" else 1)
+def _growth(kind: str, network: str, step: str, job: Job, report: Report) -> None:
+    """Medians, and memory in tensors at its peak less weights and optimizer state, which do not grow."""
+    sizes = SMALL_SIZES if job.small else SIZES
+    racing = [
+        Variant(
+            side="ours",
+            setting=Setting(
+                network=network, step=step, size=size, batch=8, precision="32", channels_last=True, compile="none"
+            ),
+        )
+        for size in sizes
+    ]
+    turns = SMALL_TURNS if job.small else GROWTH_TURNS
+    found, _ = take_turns(racing, turns=turns, failed=report.notes.append)
+    first = found[racing[0]]
+    rows: list[dict[str, Any]] = []
+    for variant, measured in found.items():
+        pixels = (variant.setting.size / sizes[0]) ** 2
+        row = {
+            "size": variant.setting.size,
+            "ms": 1e3 * statistics.median(measured.times),
+            "largest over smallest time": measured.spread,
+            "peak MiB": round(measured.peak_bytes / 2**20),
+            "of it weights": round(measured.resident_bytes / 2**20),
+        }
+        per = {what: value(measured) / value(first) / pixels for what, value in MEASURES.items()}
+        rows.append(row | {f"{what} per pixel": value for what, value in per.items()})
+        report.times[f"{TOLD[step]}, {network}, {variant.setting.size}²"] = measured.times
+    report.tables[f"{TOLD[step]} of larger images, batch 8, tiny {kind}, medians of {turns} turns"] = rows
+    if len(rows) == len(sizes):
+        for what in MEASURES:
+            most = max(row[f"{what} per pixel"] for row in rows[1:])
+            report.found[f"{kind}, {TOLD[step]}, most {what} per pixel over 224²"] = most
 
 
 def _input(job: Job, report: Report) -> None:
     if job.images is None:
         report.notes.append("input not measured: give --images FOLDER of class folders of JPEGs")
         return
+    repeats, passes = (1, 1) if job.small else (INPUT_TURNS, 3)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         sides = throughput.jpeg_sides(job.images, img_size=224)
-        found = throughput.rates(sides, repeats=1 if job.small else 7, passes=1 if job.small else 3)
+        found = throughput.rates(sides, repeats=repeats, passes=passes)
     finally:
         torch.set_num_threads(threads)
-    first, *_ = found.values()
-    ratios = {name: [a / b for a, b in zip(first, values, strict=True)] for name, values in found.items()}
-    report.tables["JPEGs to augmented batches, one core"] = [
+    timm = found["timm, create_transform to the end"]
+    count = sum(file.is_file() for file in job.images.rglob("*"))
+    report.tables[f"{count} files to augmented batches, one core, medians of {repeats} × {passes} passes"] = [
         {
             "side": name,
             "images/s": statistics.median(values),
             "smallest": min(values),
             "largest": max(values),
-            "first row / this": statistics.median(ratios[name]),
+            "times timm, create_transform": statistics.median(a / b for a, b in zip(values, timm, strict=True)),
         }
         for name, values in found.items()
     ]
-    report.found[INPUT] = statistics.median(ratios["timm, create_transform to the end"])
+    report.times |= {f"{name}, images/s": values for name, values in found.items()}
+    for bar, (ours, theirs) in INPUT.items():
+        report.found[bar] = statistics.median(a / b for a, b in zip(found[ours], found[theirs], strict=True))
 
 
 def _start(job: Job, report: Report) -> None:
@@ -123,16 +139,21 @@ def _start(job: Job, report: Report) -> None:
         commands = {words: [*_command(), words] for words in CHEAP}
         commands |= {"fit": [*_command(), *fit], IMPORTS: [sys.executable, "-c", IMPORTS]}
         seconds: dict[str, list[float]] = {name: [] for name in commands}
-        for turn in range(2 if job.small else TURNS - 1):
+        turns = SMALL_TURNS if job.small else START_TURNS
+        for turn in range(turns + 1):
             for name, command in commands.items():
                 started = time.perf_counter()
-                subprocess.run(command, check=True, capture_output=True, cwd=folder)
+                done = subprocess.run(command, capture_output=True, cwd=folder, text=True)
+                taken = time.perf_counter() - started
+                if done.returncode:
+                    raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-300:]}")
                 if turn:  # the first fills the caches
-                    seconds[name].append(time.perf_counter() - started)
-    report.tables["whole processes, s"] = [
+                    seconds[name].append(taken)
+    report.tables[f"whole processes, s, medians of {turns} turns"] = [
         {"command": name, "median": statistics.median(values), "least": min(values), "most": max(values)}
         for name, values in seconds.items()
     ]
+    report.times |= seconds
     report.found |= {f"hornet-lit {words}, seconds": statistics.median(seconds[words]) for words in CHEAP}
     report.found[FIT] = statistics.median(a / b for a, b in zip(seconds["fit"], seconds[IMPORTS], strict=True))
 

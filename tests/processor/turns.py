@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from hornet_lit.bench import Setting
+import torch
 
-PRIORITY = 10  # real-time, where it may be had: a second busy process makes OpenMP's loops many times slower
+from hornet_lit.bench import BestProduct, Run, Setting, resident_bytes, timed
+from hornet_lit.cli_process import keep_freed_memory
+from tests.device.authors import authors_network
+
+PRODUCT_STEPS = 5  # of a turn, and the best counts: the others have emptied the caches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,10 @@ class Variant:
     keeps_memory: bool = True
 
     @property
+    def low(self) -> bool:
+        return self.setting.precision != "32"
+
+    @property
     def compiled(self) -> bool:
         return self.setting.compile != "none"
 
@@ -46,88 +55,133 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """`times` in seconds, turn by turn; the others as in `hornet_lit.bench.Result`."""
+    """`times` in seconds, turn by turn; `resident_bytes` are those of the peak that do not grow with the images; the
+    others as in `hornet_lit.bench.Result`."""
 
+    batch: int
     times: list[float]
     gflops: float
     peak_bytes: int
+    resident_bytes: int
     saved_bytes: float | None
 
-    def rate(self, batch: int) -> float:
-        return batch / sorted(self.times)[len(self.times) // 2]
+    @property
+    def images_per_second(self) -> float:
+        return self.batch / statistics.median(self.times)
 
     @property
     def spread(self) -> float:
         return max(self.times) / min(self.times)
 
+    def share(self, rate: float) -> float:
+        """Of a rate in 10⁹ operations a second."""
+        return self.gflops * self.images_per_second / rate
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a process sends in place of an answer."""
+
+    why: str
+
+
+@dataclass
+class _Peer:
+    """A process that answers each request with a turn; the first answer is what `_network` or `_product` found."""
+
+    name: str
+    process: BaseProcess
+    pipe: Connection
+
+    @classmethod
+    def started(cls, name: str, variant: Variant | None) -> _Peer:
+        context = multiprocessing.get_context("forkserver")  # forks from what has only imported
+        context.set_forkserver_preload(["hornet_lit.bench", "tests.device.authors"])
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(there, variant), daemon=True)
+        process.start()
+        there.close()
+        return cls(name, process, here)
+
+    def answer(self) -> Any:
+        try:
+            return self.pipe.recv()
+        except EOFError:  # killed for its memory, say
+            self.process.join()
+            return Failed(f"its process ended with {self.process.exitcode}")
+
 
 def take_turns(
-    variants: Sequence[Variant], *, turns: int, product: str = "32"
+    variants: Sequence[Variant], *, turns: int, failed: Callable[[str], None]
 ) -> tuple[dict[Variant, Measured], list[float]]:
-    """All variants, and the rates in 10⁹ a second of the machine's best matrix product in that precision, which takes
-    turns with them."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes, abouts = [], [], []
+    """All variants, and the rates in 10⁹ a second of the machine's best fp32 matrix product, which takes turns too.
+
+    A variant that fails is left out, and ``failed`` is told. Each turn begins with the next, so that none has always
+    the same neighbour.
+
+    Raises:
+        RuntimeError: if the product fails, without which no rate means anything.
+    """
+    peers: dict[Variant | None, _Peer] = {}
+    abouts: dict[Variant | None, dict[str, Any]] = {}
+    times: dict[Variant | None, list[float]] = {}
+
+    def heard(variant: Variant | None) -> Any:
+        found = peers[variant].answer()
+        if not isinstance(found, Failed):
+            return found
+        told = f"{peers[variant].name} failed: {found.why}"
+        if variant is None:
+            raise RuntimeError(told)
+        failed(told)
+        peers.pop(variant).process.kill()
+        times.pop(variant, None)
+        return None
+
     try:
-        for what in (*variants, product):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, what), daemon=True)
-            process.start()
-            there.close()
-            pipes.append(here)
-            processes.append(process)
-            about = here.recv()
-            if isinstance(about, str):
-                raise RuntimeError(f"{what if isinstance(what, str) else what.told()}: {about}")
-            abouts.append(about)
-        times: list[list[float]] = [[] for _ in pipes]
-        for _ in range(turns):
-            for pipe, found in zip(pipes, times, strict=True):
-                pipe.send(True)
-                found.append(pipe.recv())
+        for variant in (*variants, None):  # one after another: building takes both cores
+            peers[variant] = _Peer.started(variant.told() if variant else "the matrix product", variant)
+            if (about := heard(variant)) is not None:
+                abouts[variant], times[variant] = about, []
+        for turn in range(turns):
+            order = list(times)
+            for variant in order[turn % len(order) :] + order[: turn % len(order)]:
+                peers[variant].pipe.send(True)
+                if (found := heard(variant)) is not None:
+                    times[variant].append(found)
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    *times, rates = times
-    measured = [Measured(times=seconds, **about) for seconds, about in zip(times, abouts[:-1], strict=True)]
-    return dict(zip(variants, measured, strict=True)), rates
+        for peer in peers.values():
+            peer.process.kill()
+            peer.process.join()
+    rates = times.pop(None)
+    return {v: Measured(times=seconds, **abouts[v]) for v, seconds in times.items() if v}, rates
 
 
-def _serve(pipe: Connection, what: Variant | str) -> None:
-    with suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(PRIORITY))
+def _serve(pipe: Connection, variant: Variant | None) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which counts the memory, would write to stderr
     try:
-        turn, about = _product(what) if isinstance(what, str) else _network(what)
-    except Exception as error:  # told to the parent, which has the other networks to measure
-        pipe.send(f"{type(error).__name__}: {str(error)[:300]}")
+        turn, about = _product() if variant is None else _network(variant)
+        pipe.send(about)
+        while pipe.recv():
+            pipe.send(turn())
+    except EOFError:  # the parent has gone
         return
-    pipe.send(about)
-    while pipe.recv():
-        pipe.send(turn())
+    except Exception as error:  # whatever a network or its compiler comes to, it must not cost the others
+        pipe.send(Failed(f"{type(error).__name__}: {str(error)[:300]}"))
 
 
-def _product(precision: str) -> tuple[Any, dict[str, Any]]:
-    import torch
-
-    from hornet_lit.bench import _best_product
-
-    product = _best_product(torch.device("cpu"), torch.float32 if precision == "32" else torch.bfloat16)
-    return lambda: max(product() for _ in range(5)), {}  # the others have emptied the caches
+def _product() -> tuple[Callable[[], float], dict[str, Any]]:
+    product = BestProduct(torch.device("cpu"), "32")
+    return lambda: max(product.rate() for _ in range(PRODUCT_STEPS)), {}
 
 
-def _network(variant: Variant) -> tuple[Any, dict[str, Any]]:
-    from hornet_lit.cli_process import keep_freed_memory
-
+def _network(variant: Variant) -> tuple[Callable[[], float], dict[str, Any]]:
     if variant.keeps_memory:
         keep_freed_memory()
-    import torch
-
-    from hornet_lit.bench import Run, timed
-    from tests.device.authors import authors_network
-
     network = authors_network(variant.authors, variant.setting.network) if variant.authors else None
     run = Run(variant.setting, torch.device("cpu"), network)
     run.warm_up()
-    about = {"gflops": run.gflops, "peak_bytes": run.peak_bytes, "saved_bytes": run.saved_bytes}
+    about = {"batch": run.setting.batch, "gflops": run.gflops, "peak_bytes": run.peak_bytes}
+    # Compiled networks keep what their partitioner decides, which is counted before they are compiled.
+    about |= {"resident_bytes": resident_bytes(run), "saved_bytes": None if variant.compiled else run.saved_bytes}
     return lambda: timed(run.device, run.step), about
