@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -18,6 +19,7 @@ from hornet_lit.bench import BestProduct, Run, Setting, resident_bytes, timed
 from hornet_lit.cli_process import keep_freed_memory
 from tests.device.authors import authors_network
 
+TO_END = 10.0  # seconds for the end of a process
 PRODUCT_STEPS = 5  # of a turn, and the best counts: the others have emptied the caches
 
 
@@ -110,6 +112,13 @@ class _Peer:
             self.process.join()
             return Failed(f"its process ended with {self.process.exitcode}")
 
+    def end(self) -> None:
+        with suppress(OSError):  # it has ended by itself
+            self.pipe.send(False)
+        self.process.join(TO_END)
+        self.process.kill()
+        self.process.join()
+
 
 def take_turns(
     variants: Sequence[Variant], *, turns: int, failed: Callable[[str], None]
@@ -134,7 +143,7 @@ def take_turns(
         if variant is None:
             raise RuntimeError(told)
         failed(told)
-        peers.pop(variant).process.kill()
+        peers.pop(variant).end()
         times.pop(variant, None)
         return None
 
@@ -151,8 +160,7 @@ def take_turns(
                     times[variant].append(found)
     finally:
         for peer in peers.values():
-            peer.process.kill()
-            peer.process.join()
+            peer.end()
     rates = times.pop(None)
     return {v: Measured(times=seconds, **abouts[v]) for v, seconds in times.items() if v}, rates
 
