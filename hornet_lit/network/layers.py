@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
-# Whether the library has products of bfloat16 for this CPU: also by AVX-512 without instructions for them.
+# Whether the library has products of bfloat16 for this CPU: with AVX-512 even without instructions for them.
 MULTIPLIES_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

@@ -94,6 +94,14 @@ def test_bit_for_bit_as_the_blocks_one_by_one(
 
 
 @needs_kernels
+def test_a_map_without_pixels(made: list[int]) -> None:
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        y_BCHW = in_turn(stage_of(small_block(), small_block()), maps(2, 20, 0, 5))
+    assert y_BCHW.shape == (2, 20, 0, 5) and made == [8]
+
+
+@needs_kernels
 @pytest.mark.parametrize("place", range(3))
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_stage_with_a_changed_block(name: str, place: int) -> None:

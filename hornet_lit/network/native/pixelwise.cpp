@@ -17,6 +17,7 @@ struct Step {
 // other. Few images at a time, so that a step finds in the cache what the one before has left there; but so many that
 // their pixels are whole vectors, and worth what a step prepares once for all of them (weights, turned or widened).
 void run_steps(const Step* steps, int64_t count, int64_t B, int64_t M, int64_t T) {
+    if (M == 0) return;
     int64_t some = 1;
     while (some * M % kLanes || some * M < kLeastPixels) some *= 2;
 #pragma omp parallel for num_threads(T) schedule(static)
