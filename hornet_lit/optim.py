@@ -85,7 +85,7 @@ def build_optimizer(
 
 class _Muon(Muon):
     """timm's, with matrices on a CPU made orthogonal in float32 in place of bfloat16, which most CPUs multiply many
-    times more slowly (BENCHMARKS.md, Trainings)."""
+    times more slowly (BENCHMARKS.md, What single changes won)."""
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         with _orthogonal_in_float32_on_cpus():

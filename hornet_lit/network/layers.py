@@ -68,7 +68,7 @@ class StridedConv(nn.Conv2d):
     """`nn.Conv2d` for the stem and between stages.
 
     In bfloat16 on a CPU for which the library has no products of it, that takes a multiple of float32's time
-    (BENCHMARKS.md, Speed): there it is computed in float32, and its output alone is rounded.
+    (BENCHMARKS.md, What single changes won): there it is computed in float32, and its output alone is rounded.
     """
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,8 @@ def test_a_sweep_of_two_networks(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
         assert 3.5 < infer["gflops"] / found[network, "infer", 32]["gflops"] < 4.5
         assert train["saved_bytes"] > 3.5 * found[network, "train", 32]["saved_bytes"] > 0
         assert train["peak_bytes"] > infer["peak_bytes"] and infer["saved_bytes"] is None
-    assert "hornet_pico_32" in result.out and "GFLOP/s in fp32" in result.out and "saved MiB/img" in result.out
+    assert "hornet_pico_32" in result.out and "of product" in result.out and "saved MiB/img" in result.out
+    assert "GFLOP/s in fp32" in result.out
     assert Image.open("out/bench.png").width > 500
 
 
@@ -71,6 +72,26 @@ def test_the_product_is_in_the_type_that_the_processor_multiplies(
     product = BestProduct(torch.device("cpu"), precision)
     assert product.type == told
     assert product.rate() == 2 * 16**3 / 1e9 * (faster if told == "bf16" else 1.0)
+
+
+def test_networks_run_beside_the_product_for_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    asked: list[str] = []
+
+    class Product:
+        type, rate = "bf16", staticmethod(lambda: 7.0)
+
+        def __init__(self, device: torch.device, precision: str) -> None:
+            asked.append(precision)
+
+    monkeypatch.setattr(bench, "BestProduct", Product)
+    plain = {"network": "hornet_femto_32", "step": "infer", "size": 32, "batch": 1, "compile": "none"}
+    for precision in ("32", "bf16-mixed"):
+        setting = Setting(**plain, precision=precision, channels_last=True)
+        (result,) = measure([setting], device=torch.device("cpu"), repeats=1)
+        assert (result.product_rate, result.product_type) == (7.0, "bf16")
+    assert asked == ["32", "bf16-mixed"]
 
 
 def test_what_the_figures_hold_for() -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from hornet_lit.bench import STEPS, Setting
+from hornet_lit.cli_bench import ratio
 from hornet_lit.network.build import build_network
 from hornet_lit.network.layers import MULTIPLIES_BFLOAT16
 from tests.conftest import filled_by_rule
@@ -45,25 +47,14 @@ def bars() -> list[Bar]:
     return found
 
 
-def sections(job: Job, report: Report) -> Sequence[Any]:
+def sections(job: Job, report: Report) -> Sequence[Callable[[], None]]:
     """What is measured, one call after another; each adds to the report."""
     kinds = SMALL_OURS if job.small else OURS
-
-    def error(kind: str, network: str) -> None:
-        report.found[f"{kind}, inference bf16, relative error"] = logits_error(network, 32 if job.small else 224)
-
-    def race(step: str, kind: str, network: str) -> None:
-        racing = variants(step, network, job)
-        turns = SMALL_TURNS if job.small else TURNS
-        found, rates = take_turns(racing, turns=turns, failed=report.notes.append)
-        _tell(step, kind, found, rates, report)
-
     if not MULTIPLIES_BFLOAT16:
         report.notes.append(f"{RIVAL} runs in fp32 alone: PyTorch only emulates products of bf16 on this CPU")
-    errors = [lambda kind=kind, network=network: error(kind, network) for kind, network in kinds.items()]
-    races = itertools.product(STEPS, kinds.items())
+    errors = [partial(_error, kind, network, job, report) for kind, network in kinds.items()]
     return errors + [
-        lambda step=step, kind=kind, network=network: race(step, kind, network) for step, (kind, network) in races
+        partial(_race, step, kind, network, job, report) for step in STEPS for kind, network in kinds.items()
     ]
 
 
@@ -90,20 +81,23 @@ def variants(step: str, network: str, job: Job) -> list[Variant]:
     return found
 
 
-def logits_error(network: str, size: int) -> float:
+def _error(kind: str, network: str, job: Job, report: Report) -> None:
     """Of the logits with weights and images in bfloat16, the weights filled as the golden networks'."""
+    size = 32 if job.small else 224
     x_BCHW = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, size, size)).astype(np.float32))
     built = build_network(network, num_classes=1000, img_size=size).eval()
     built.load_state_dict(filled_by_rule(built))
     with torch.no_grad():
         exact_BK = built(x_BCHW)
         found_BK = built.bfloat16()(x_BCHW.bfloat16()).float()
-    return ((found_BK - exact_BK).norm() / exact_BK.norm()).item()
+    error = (found_BK - exact_BK).norm() / exact_BK.norm()
+    report.found[f"{kind}, inference bf16, relative error"] = error.item()
 
 
-def ratio(ours: Measured, theirs: Measured) -> float:
-    """How many times as fast `ours` is: the median over the turns, of which each compares neighbours in time."""
-    return statistics.median(b / a for a, b in zip(ours.times, theirs.times, strict=True))
+def _race(step: str, kind: str, network: str, job: Job, report: Report) -> None:
+    turns = SMALL_TURNS if job.small else TURNS
+    found, rates = take_turns(variants(step, network, job), turns=turns, failed=report.notes.append)
+    _tell(step, kind, found, rates, report)
 
 
 def _tell(step: str, kind: str, found: dict[Variant, Measured], rates: list[float], report: Report) -> None:
@@ -117,7 +111,7 @@ def _tell(step: str, kind: str, found: dict[Variant, Measured], rates: list[floa
             "network and mode": variant.told(),
             "img/s": measured.images_per_second,
             "largest over smallest time": measured.spread,
-            "share of fp32 product": measured.share(rate),
+            "share of fp32 product": measured.share,
             "peak MiB": round(measured.peak_bytes / 2**20),
             "kept MiB/img": None if measured.saved_bytes is None else round(measured.saved_bytes / 2**20, 1),
         }
@@ -128,10 +122,10 @@ def _tell(step: str, kind: str, found: dict[Variant, Measured], rates: list[floa
         report.times[f"{TOLD[step]}, {variant.told()}"] = measured.times
     report.tables[title] = rows
     report.times[f"{TOLD[step]}, {kind}, product, GFLOP/s"] = rates
-    report.found |= judged(step, kind, found, rate)
+    report.found |= judged(step, kind, found)
 
 
-def judged(step: str, kind: str, found: dict[Variant, Measured], rate: float) -> dict[str, float]:
+def judged(step: str, kind: str, found: dict[Variant, Measured]) -> dict[str, float]:
     """Values of the bars for which there are measurements; the best mode of a side is its fastest."""
 
     def of(side: str, *, low: bool | None = None, compiled: bool | None = None) -> Measured | None:
@@ -160,7 +154,7 @@ def judged(step: str, kind: str, found: dict[Variant, Measured], rate: float) ->
         compare("bf16 best mode", low, theirs, f"{EAGER} in fp32")
         compare("fp32 best mode", best, compiled, "the authors' compiled")
         if best:
-            values[f"{name} fp32 best mode, share of the best matrix product"] = best.share(rate)
+            values[f"{name} fp32 best mode, share of the best matrix product"] = best.share
     elif eager and theirs and eager.saved_bytes and theirs.saved_bytes:
         values[f"{kind}, kept for the backward pass over the authors'"] = eager.saved_bytes / theirs.saved_bytes
     return values

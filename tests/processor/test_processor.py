@@ -14,7 +14,7 @@ from PIL import Image
 from hornet_lit.bench import PRODUCT_SIZES, Setting
 from tests.device.test_device import STAND_IN
 from tests.processor import __main__ as processor
-from tests.processor import rest, speed
+from tests.processor import rest, speed, turns
 from tests.processor.turns import Measured, Variant, take_turns
 
 
@@ -36,8 +36,37 @@ def test_networks_take_turns_in_processes_of_their_own(tmp_path: Path) -> None:
     assert len(notes) == 1 and "hornet_nano_gf_32" in notes[0] and "a network that does not build" in notes[0]
 
 
+def test_a_process_that_is_killed_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, killed = Variant(side="ours", setting=setting()), Variant(side="ours", setting=setting(batch=2))
+    started = turns._Peer.started
+
+    def one_killed(name: str, variant: Variant | None) -> turns._Peer:
+        peer = started(name, variant)
+        if variant is None:  # the last to start: the others are ready
+            peers[killed].process.kill()
+            peers[killed].process.join()
+        peers[variant] = peer
+        return peer
+
+    peers: dict[Variant | None, turns._Peer] = {}
+    monkeypatch.setattr(turns._Peer, "started", one_killed)
+    notes: list[str] = []
+    found, _ = take_turns([killed, kept], turns=1, failed=notes.append)
+    assert list(found) == [kept] and len(found[kept].times) == 1
+    assert len(notes) == 1 and "ended with -9" in notes[0]
+
+
 def measured(*seconds: float) -> Measured:
-    return Measured(batch=8, times=[*seconds], gflops=8.0, peak_bytes=1, resident_bytes=0, saved_bytes=100 * seconds[0])
+    return Measured(
+        setting=setting(batch=8),
+        times=[*seconds],
+        gflops=8.0,
+        product_rate=100.0,
+        product_type="fp32",
+        peak_bytes=1,
+        resident_bytes=0,
+        saved_bytes=100 * seconds[0],
+    )
 
 
 def test_each_bar_compares_what_it_names() -> None:
@@ -55,7 +84,7 @@ def test_each_bar_compares_what_it_names() -> None:
         Variant(side="authors", setting=compiled): measured(1.2, 1.2, 1.2),
         Variant(side="authors", setting=base, keeps_memory=False): measured(9.0, 9.0, 9.0),
     }
-    judged = speed.judged("infer", "GF", found, 100.0)
+    judged = speed.judged("infer", "GF", found)
     assert judged == pytest.approx(
         {
             "GF, inference fp32 eager, times as fast as the authors' eager": 2.0,
@@ -67,13 +96,13 @@ def test_each_bar_compares_what_it_names() -> None:
             "GF, inference fp32 best mode, share of the best matrix product": 0.8,
         }
     )
-    trained = speed.judged("train", "GF", found, 1.0)
+    trained = speed.judged("train", "GF", found)
     assert judged.keys() | trained.keys() <= {bar.name for bar in speed.bars()}
     assert trained["GF, kept for the backward pass over the authors'"] == 0.5
     only_fp32 = {v: m for v, m in found.items() if v.side != "rival" or not v.low}
     name = "GF, inference bf16 best mode, times as fast as convnext_tiny's"
-    assert speed.judged("infer", "GF", only_fp32, 1.0)[name] == 4.0
-    assert speed.judged("infer", "GF", {}, 1.0) == {}
+    assert speed.judged("infer", "GF", only_fp32)[name] == 4.0
+    assert speed.judged("infer", "GF", {}) == {}
 
 
 def test_ratios_are_taken_turn_by_turn() -> None:

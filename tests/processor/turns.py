@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hornet_lit.bench import BestProduct, Run, Setting, resident_bytes, timed
+from hornet_lit.bench import BestProduct, Result, Run, Setting, resident_bytes, timed
 from hornet_lit.cli_process import keep_freed_memory
 from tests.device.authors import authors_network
 
@@ -56,28 +56,14 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """`times` in seconds, turn by turn; `resident_bytes` are those of the peak that do not grow with the images; the
-    others as in `hornet_lit.bench.Result`."""
+class Measured(Result):
+    """`resident_bytes` are those of the peak that do not grow with the images."""
 
-    batch: int
-    times: list[float]
-    gflops: float
-    peak_bytes: int
     resident_bytes: int
-    saved_bytes: float | None
-
-    @property
-    def images_per_second(self) -> float:
-        return self.batch / statistics.median(self.times)
 
     @property
     def spread(self) -> float:
         return max(self.times) / min(self.times)
-
-    def share(self, rate: float) -> float:
-        """Of a rate in 10⁹ operations a second."""
-        return self.gflops * self.images_per_second / rate
 
 
 @dataclass(frozen=True)
@@ -89,7 +75,7 @@ class Failed:
 
 @dataclass
 class _Peer:
-    """A process that answers each request with a turn; the first answer is what `_network` or `_product` found."""
+    """A process that tells what `_network` or `_product` found, and then answers each request with a turn."""
 
     name: str
     process: BaseProcess
@@ -105,10 +91,12 @@ class _Peer:
         there.close()
         return cls(name, process, here)
 
-    def answer(self) -> Any:
+    def answer(self, *, asked: bool) -> Any:
         try:
+            if asked:
+                self.pipe.send(True)
             return self.pipe.recv()
-        except EOFError:  # killed for its memory, say
+        except (EOFError, OSError):  # killed for its memory, say
             self.process.join()
             return Failed(f"its process ended with {self.process.exitcode}")
 
@@ -135,8 +123,8 @@ def take_turns(
     abouts: dict[Variant | None, dict[str, Any]] = {}
     times: dict[Variant | None, list[float]] = {}
 
-    def heard(variant: Variant | None) -> Any:
-        found = peers[variant].answer()
+    def heard(variant: Variant | None, *, asked: bool) -> Any:
+        found = peers[variant].answer(asked=asked)
         if not isinstance(found, Failed):
             return found
         told = f"{peers[variant].name} failed: {found.why}"
@@ -150,19 +138,20 @@ def take_turns(
     try:
         for variant in (*variants, None):  # one after another: building takes both cores
             peers[variant] = _Peer.started(variant.told() if variant else "the matrix product", variant)
-            if (about := heard(variant)) is not None:
+            if (about := heard(variant, asked=False)) is not None:
                 abouts[variant], times[variant] = about, []
         for turn in range(turns):
             order = list(times)
             for variant in order[turn % len(order) :] + order[: turn % len(order)]:
-                peers[variant].pipe.send(True)
-                if (found := heard(variant)) is not None:
+                if (found := heard(variant, asked=True)) is not None:
                     times[variant].append(found)
     finally:
         for peer in peers.values():
             peer.end()
     rates = times.pop(None)
-    return {v: Measured(times=seconds, **abouts[v]) for v, seconds in times.items() if v}, rates
+    product = {"product_rate": statistics.median(rates), "product_type": "fp32"}
+    found = {v: Measured(setting=v.setting, times=seconds, **product, **abouts[v]) for v, seconds in times.items() if v}
+    return found, rates
 
 
 def _serve(pipe: Connection, variant: Variant | None) -> None:
@@ -189,7 +178,7 @@ def _network(variant: Variant) -> tuple[Callable[[], float], dict[str, Any]]:
     network = authors_network(variant.authors, variant.setting.network) if variant.authors else None
     run = Run(variant.setting, torch.device("cpu"), network)
     run.warm_up()
-    about = {"batch": run.setting.batch, "gflops": run.gflops, "peak_bytes": run.peak_bytes}
+    about = {"gflops": run.gflops, "peak_bytes": run.peak_bytes}
     # Compiled networks keep what their partitioner decides, which is counted before they are compiled.
     about |= {"resident_bytes": resident_bytes(run), "saved_bytes": None if variant.compiled else run.saved_bytes}
     return lambda: timed(run.device, run.step), about
